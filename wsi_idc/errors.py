@@ -1,0 +1,88 @@
+"""Every error that a user can cause or meet, and the exit code of each.
+
+    WsiIdcError                 1
+    |-- UsageError              2   options, or a combination of them, that cannot be carried out
+    |   |-- ManifestError       2   a manifest with faults: all of them, one a line
+    |   |-- ModelError          2   a bundle that is broken or does not fit the store
+    |   `-- StoreError          2   a store that is missing, of another format, or not a store
+    |-- SlideError              1   one slide fails; the others go on
+    |   |-- ResolutionError     1   um/px absent or impossible
+    |   |-- RegionError         1   a region of the slide cannot be read
+    |   `-- AnnotationError     1   the slide's annotation cannot be used
+    `-- StoreBusyError          75  another run holds the store (EX_TEMPFAIL of sysexits.h)
+
+An error says which input, what is wrong, and what to do, in one line.
+"""
+
+from collections.abc import Sequence
+
+
+class WsiIdcError(Exception):
+    """One line for the user: `subject: problem; advice`."""
+
+    exit_code = 1
+
+    def __init__(self, subject: object, problem: str, advice: str = "") -> None:
+        self.subject = str(subject)
+        self.problem = " ".join(problem.split())
+        self.advice = " ".join(advice.split())
+        super().__init__(self.subject, self.problem, self.advice)
+
+    def __str__(self) -> str:
+        return self.reason if not self.subject else f"{self.subject}: {self.reason}"
+
+    @property
+    def reason(self) -> str:
+        """The line without its subject."""
+        return f"{self.problem}; {self.advice}" if self.advice else self.problem
+
+
+class UsageError(WsiIdcError):
+    """Options that cannot be carried out."""
+
+    exit_code = 2
+
+
+class ManifestError(UsageError):
+    """A manifest with faults, all reported together."""
+
+    def __init__(self, subject: object, faults: Sequence[str]) -> None:
+        self.faults = list(faults)
+        count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
+        super().__init__(subject, count, "nothing was written")
+
+    def __reduce__(self) -> tuple[type["ManifestError"], tuple[str, list[str]]]:
+        return (type(self), (self.subject, self.faults))
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.subject}: {self.reason}", *(f"  {fault}" for fault in self.faults)])
+
+
+class ModelError(UsageError):
+    """A model bundle that cannot be used."""
+
+
+class StoreError(UsageError):
+    """A tile store that cannot be used."""
+
+
+class StoreBusyError(WsiIdcError):
+    """Another run holds the store."""
+
+    exit_code = 75
+
+
+class SlideError(WsiIdcError):
+    """One slide that fails; the others go on."""
+
+
+class ResolutionError(SlideError):
+    """A slide whose um/px is absent or impossible."""
+
+
+class RegionError(SlideError):
+    """A region of a slide that cannot be read."""
+
+
+class AnnotationError(SlideError):
+    """An annotation or mask that cannot be used."""

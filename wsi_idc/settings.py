@@ -1,0 +1,107 @@
+"""Settings: what changes a result, and what only changes how it is computed.
+
+Each field says which it is: `content` enters the settings hash, so that another value is a reason to do a slide again;
+`runtime` does not. A test fails for a field that says neither.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from wsi_idc.errors import UsageError
+
+MPP_RANGE = (0.05, 100.0)
+"""um/px that a slide can have; outside it, a figure is a mistake of units."""
+
+TissueMethod = Literal["default", "otsu", "morphological", "none"]
+LastTile = Literal["keep", "drop"]
+
+_CONTENT: dict[str, Any] = {"kind": "content"}
+_RUNTIME: dict[str, Any] = {"kind": "runtime"}
+
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown names refused, hashed by what changes a result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def content(self) -> dict[str, Any]:
+        """The fields that change a result, as plain JSON types."""
+        names = {
+            name
+            for name, field in type(self).model_fields.items()
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("kind") == "content"
+        }
+        return self.model_dump(mode="json", include=names)
+
+    def content_hash(self) -> str:
+        """Sixteen hex digits that differ where a result could differ."""
+        return digest(self.content())
+
+
+def digest(value: object) -> str:
+    """Sixteen hex digits of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+class TileSpec(Settings):
+    """The tile grid: size in pixels, resolution in um/px, stride in pixels of that resolution."""
+
+    size_px: Annotated[int, Field(ge=8, le=4096, json_schema_extra=_CONTENT)] = 50
+    mpp: Annotated[float, Field(ge=MPP_RANGE[0], le=MPP_RANGE[1], json_schema_extra=_CONTENT)] = 4.0
+    stride_px: Annotated[int, Field(ge=1, le=65536, json_schema_extra=_CONTENT)] = 0
+    last: Annotated[LastTile, Field(json_schema_extra=_CONTENT)] = "keep"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stride_defaults_to_size(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("stride_px"):
+            return {**values, "stride_px": values.get("size_px", cls.model_fields["size_px"].default)}
+        return values
+
+    def __str__(self) -> str:
+        stride = "" if self.stride_px == self.size_px else f", stride {self.stride_px} px"
+        return f"{self.size_px} px at {self.mpp:g} um/px{stride}"
+
+
+class ExtractSettings(Settings):
+    """Everything that `extract` can be told."""
+
+    tile: Annotated[TileSpec, Field(json_schema_extra=_CONTENT)] = TileSpec()
+    tissue: Annotated[TissueMethod, Field(json_schema_extra=_CONTENT)] = "default"
+    min_tissue: Annotated[float, Field(ge=0.0, le=1.0, json_schema_extra=_CONTENT)] = 0.05
+    annotation_class: Annotated[str, Field(min_length=1, json_schema_extra=_CONTENT)] = "IDC"
+    pixels: Annotated[bool, Field(json_schema_extra=_CONTENT)] = True
+    workers: Annotated[int, Field(ge=0, le=1024, json_schema_extra=_RUNTIME)] = 0
+    threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=_RUNTIME)] = 0
+
+
+class InferSettings(Settings):
+    """Everything that `infer` can be told, besides the model."""
+
+    batch_size: Annotated[int, Field(ge=1, le=4096, json_schema_extra=_RUNTIME)] = 64
+    workers: Annotated[int, Field(ge=0, le=1024, json_schema_extra=_RUNTIME)] = 0
+    gpus: Annotated[int, Field(ge=0, le=64, json_schema_extra=_RUNTIME)] = 0
+    threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=_RUNTIME)] = 0
+
+
+_Kind = TypeVar("_Kind", bound=Settings)
+
+
+def build(kind: type[_Kind], **values: Any) -> _Kind:
+    """Settings of a kind from the command line's values; those that are None keep their default.
+
+    Raises:
+        UsageError: a value is out of range; names the option as it is typed.
+    """
+    try:
+        return kind(**{name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + "-".join(str(part) for part in first["loc"]).replace("_px", "").replace("_", "-")
+        option = "--tile-size" if option == "--size" else option
+        raise UsageError(option, f"{first['input']!r}: {first['msg'].lower()}", "see --help") from error
