@@ -11,16 +11,14 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from wsi_idc.errors import UsageError
-
-MPP_RANGE = (0.05, 100.0)
-"""um/px that a slide can have; outside it, a figure is a mistake of units."""
+from wsi_idc.manifest import MPP_RANGE
 
 TissueMethod = Literal["default", "otsu", "morphological", "none"]
 LastTile = Literal["keep", "drop"]
+Precision = Literal["auto", "float32", "int8"]
 
 _CONTENT: dict[str, Any] = {"kind": "content"}
 _RUNTIME: dict[str, Any] = {"kind": "runtime"}
-
 
 
 class Settings(BaseModel):
@@ -83,6 +81,7 @@ class ExtractSettings(Settings):
 class InferSettings(Settings):
     """Everything that `infer` can be told, besides the model."""
 
+    precision: Annotated[Precision, Field(json_schema_extra=_CONTENT)] = "auto"
     batch_size: Annotated[int, Field(ge=1, le=4096, json_schema_extra=_RUNTIME)] = 64
     workers: Annotated[int, Field(ge=0, le=1024, json_schema_extra=_RUNTIME)] = 0
     gpus: Annotated[int, Field(ge=0, le=64, json_schema_extra=_RUNTIME)] = 0

@@ -1,0 +1,365 @@
+"""Which part of each tile is IDC, by an annotation: QuPath GeoJSON, ASAP XML, or a mask picture.
+
+Polygons are united first, so that overlapping ones never count twice, and cut into pieces of few vertices, so that a
+tile is only ever compared with what lies near it. Coordinates are level-0 pixels of the slide.
+"""
+
+import gzip
+import io
+import json
+import xml.etree.ElementTree as ET
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from wsi_idc.errors import AnnotationError
+from wsi_idc.grid import Grid
+
+GEOJSON = (".geojson", ".json", ".geojson.gz", ".json.gz")
+ASAP = (".xml",)
+PICTURES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
+
+_MAX_BYTES = 2**30
+_MAX_PIXELS = 2**27
+_PIECE_VERTICES = 128
+_GEOMETRIES_WITHOUT_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString")
+
+
+@dataclass(frozen=True)
+class Region:
+    """One annotated area of a file.
+
+    Args:
+        classes: the names of its class, and for ASAP of the groups above it; empty: unclassified.
+        name: what the annotation itself is called; "" if nothing.
+        polygons: valid shapely polygons, in level-0 pixels.
+    """
+
+    classes: tuple[str, ...]
+    name: str
+    polygons: list[Any]
+
+
+def idc_fraction(annotation: Path, class_name: str, grid: Grid, cells: NDArray[np.integer]) -> NDArray[np.float32]:
+    """The part of each tile's area that the annotation says is IDC.
+
+    Areas of another class are not IDC. In a file without any class, those named `class_name` are; if none is, all are.
+    In a mask picture, every colour but black is (in a JPEG, what is brighter than half: it has no exact black).
+
+    Args:
+        annotation: GeoJSON, ASAP XML or a picture of the whole slide, told apart by the suffix.
+        class_name: the class that is IDC, in any case.
+        grid: the slide's grid.
+        cells: int (n, 2) of row, column.
+
+    Returns:
+        float32 (n,), 0 to 1.
+
+    Raises:
+        AnnotationError: the file cannot be read or used, or lies wholly outside the slide.
+    """
+    if _suffix(annotation) in PICTURES:
+        from wsi_idc.tissue import tile_fraction
+
+        return tile_fraction(_read_picture(annotation, grid.size), grid, cells)
+    regions = read_regions(annotation)
+    _check_place(annotation, regions, grid)
+    polygons = [polygon for region in _of_class(regions, class_name) for polygon in region.polygons]
+    try:
+        return _covered(polygons, grid, cells)
+    except shapely.errors.GEOSException as error:
+        raise AnnotationError(annotation, f"its polygons cannot be used ({error})", "export it again") from error
+
+
+def classes(annotation: Path) -> dict[str, int]:
+    """How many areas each class of the annotation has; empty for a picture, or where nothing is classified.
+
+    Raises:
+        AnnotationError: the file cannot be read.
+    """
+    if _suffix(annotation) in PICTURES:
+        return {}
+    return dict(Counter(region.classes[0] for region in read_regions(annotation) if region.classes))
+
+
+def read_regions(annotation: Path) -> list[Region]:
+    """The areas of a GeoJSON or ASAP XML file; points and lines are left out.
+
+    Raises:
+        AnnotationError: the file cannot be read, or its structure is not that of its format.
+    """
+    data = _read_bytes(annotation)
+    reader = _asap_regions if _suffix(annotation) in ASAP else _geojson_regions
+    try:
+        return list(reader(data))
+    except _FormatError as error:
+        raise AnnotationError(annotation, str(error), "export it again as QuPath GeoJSON or ASAP XML") from error
+    except RecursionError as error:
+        raise AnnotationError(annotation, "is nested too deeply", "export it again") from error
+
+
+class _FormatError(ValueError):
+    """What is wrong with an annotation's content."""
+
+
+def _suffix(annotation: Path) -> str:
+    name = annotation.name.casefold()
+    known = (*GEOJSON, *ASAP, *PICTURES)
+    for suffix in known:
+        if name.endswith(suffix):
+            return suffix
+    raise AnnotationError(annotation, f"suffix {annotation.suffix!r} is no annotation's", f"known: {' '.join(known)}")
+
+
+def _read_bytes(annotation: Path) -> bytes:
+    try:
+        with gzip.open(annotation) if _suffix(annotation).endswith(".gz") else annotation.open("rb") as stream:
+            data: bytes = stream.read(_MAX_BYTES + 1)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise AnnotationError(annotation, f"cannot be read ({what})", "check the file") from error
+    if len(data) > _MAX_BYTES:
+        raise AnnotationError(annotation, "is larger than 1 GiB", "simplify its polygons or give a mask picture")
+    return data
+
+
+def _of_class(regions: Sequence[Region], class_name: str) -> list[Region]:
+    wanted = class_name.strip().casefold()
+    if any(region.classes for region in regions):
+        return [region for region in regions if wanted in (name.casefold() for name in region.classes)]
+    return [region for region in regions if region.name.casefold() == wanted] or list(regions)
+
+
+def _check_place(annotation: Path, regions: Sequence[Region], grid: Grid) -> None:
+    polygons = [polygon for region in regions for polygon in region.polygons]
+    if polygons and not shapely.intersects(shapely.box(0, 0, *grid.size), polygons).any():
+        bounds = " ".join(f"{value:.0f}" for value in shapely.total_bounds(polygons))
+        raise AnnotationError(
+            annotation,
+            f"lies wholly outside the slide ({bounds} px on {grid.size[0]} x {grid.size[1]} px)",
+            "it may be another slide's, or in um: coordinates must be level-0 pixels",
+        )
+
+
+# --- area ---------------------------------------------------------------------------------------------------------
+
+
+def _covered(polygons: Sequence[Any], grid: Grid, cells: NDArray[np.integer]) -> NDArray[np.float32]:
+    """Part of each tile that lies in the union of polygons: float32 (n,)."""
+    if not polygons or not len(cells):
+        return np.zeros(len(cells), dtype=np.float32)
+    width, height = grid.extent
+    start = grid.position(cells).astype(np.float64)
+    tiles = shapely.box(start[:, 0], start[:, 1], start[:, 0] + width, start[:, 1] + height)
+    window = shapely.box(*shapely.total_bounds(tiles))
+    near = [polygon for polygon in polygons if polygon.intersects(window)]
+    pieces = np.array(list(_cut(shapely.get_parts(shapely.union_all(near)), 4 * max(width, height))), dtype=object)
+    shapely.prepare(pieces)
+    tree = shapely.STRtree(tiles)
+    piece, tile = tree.query(pieces, predicate="intersects")
+    whole = shapely.covers(pieces[piece], tiles[tile])
+    area = np.where(whole, width * height, 0.0)
+    area[~whole] = shapely.area(shapely.intersection(tiles[tile[~whole]], pieces[piece[~whole]]))
+    total = np.bincount(tile, weights=area, minlength=len(cells))
+    return np.clip(total / (width * height), 0.0, 1.0).astype(np.float32)
+
+
+def _cut(polygons: Iterable[Any], smallest: float) -> Iterator[Any]:
+    """Disjoint pieces of polygons, each with few vertices or of few tiles' size."""
+    todo = [polygon for polygon in polygons if polygon.geom_type == "Polygon"]
+    while todo:
+        polygon = todo.pop()
+        x0, y0, x1, y1 = polygon.bounds
+        if shapely.get_num_coordinates(polygon) <= _PIECE_VERTICES or max(x1 - x0, y1 - y0) <= smallest:
+            yield polygon
+            continue
+        x, y = (x0 + x1) / 2, (y0 + y1) / 2
+        if x1 - x0 > y1 - y0:
+            halves = shapely.box(x0, y0, x, y1), shapely.box(x, y0, x1, y1)
+        else:
+            halves = shapely.box(x0, y0, x1, y), shapely.box(x0, y, x1, y1)
+        for half in halves:
+            todo += _areas(shapely.intersection(polygon, half))
+
+
+def _areas(geometry: Any) -> list[Any]:
+    """The polygons of a geometry, however nested; lines and points are dropped."""
+    parts = shapely.get_parts(shapely.get_parts(geometry))
+    return [part for part in parts if part.geom_type == "Polygon" and part.area > 0]
+
+
+def _polygons(shell: Any, holes: Iterable[Any] = ()) -> list[Any]:
+    """Valid polygons of a ring and its holes; a ring of fewer than three points has no area."""
+    outer, inner = _ring(shell), [ring for ring in map(_ring, holes) if ring is not None]
+    if outer is None:
+        return []
+    polygon = shapely.Polygon(outer, inner)
+    if not polygon.is_valid:
+        polygon = shapely.make_valid(polygon, method="structure", keep_collapsed=False)
+    return _areas(polygon)
+
+
+def _ring(points: Any) -> NDArray[np.float64] | None:
+    if not isinstance(points, list):
+        raise _FormatError("a ring of coordinates is not a list")
+    if len(points) < 3:
+        return None
+    try:
+        ring = np.asarray(points)
+    except ValueError:
+        ring = np.empty(0, dtype=object)
+    if ring.dtype.kind not in "iuf" or ring.ndim != 2 or ring.shape[1] < 2 or not np.isfinite(ring).all():
+        odd = next((point for point in points if not _is_point(point)), points[0])
+        raise _FormatError(f"coordinates that are not numbers: {json.dumps(odd)[:60]}")
+    return ring[:, :2].astype(np.float64)
+
+
+def _is_point(point: Any) -> bool:
+    numbers = isinstance(point, list) and len(point) >= 2
+    return numbers and all(type(value) in (int, float) and np.isfinite(value) for value in point)
+
+
+# --- QuPath GeoJSON -----------------------------------------------------------------------------------------------
+
+
+def _geojson_regions(data: bytes) -> Iterator[Region]:
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _FormatError(f"is not JSON in UTF-8 ({error.reason} at byte {error.start})") from error
+    except ValueError as error:
+        raise _FormatError(f"is not JSON ({error})") from error
+    if isinstance(content, dict) and content.get("type") == "FeatureCollection":
+        content = content.get("features")
+        if not isinstance(content, list):
+            raise _FormatError("is a FeatureCollection without a list 'features'")
+    for item in content if isinstance(content, list) else [content]:
+        if not isinstance(item, dict) or not isinstance(item.get("type"), str):
+            raise _FormatError("is not GeoJSON: something in it has no 'type'")
+        feature = item if item["type"] == "Feature" else {"geometry": item}
+        polygons = list(_geometry_polygons(feature.get("geometry")))
+        if polygons:
+            properties = feature.get("properties")
+            properties = properties if isinstance(properties, dict) else {}
+            name = properties.get("name")
+            yield Region(_qupath_class(properties), name.strip() if isinstance(name, str) else "", polygons)
+
+
+def _qupath_class(properties: dict[str, Any]) -> tuple[str, ...]:
+    """QuPath's class: {"name": ...}, {"names": [...]} for a derived one, or in old files the name alone."""
+    value = properties.get("classification")
+    if isinstance(value, dict):
+        names = value.get("names")
+        value = value.get("name") or (": ".join(map(str, names)) if isinstance(names, list) else None)
+    return (value.strip(),) if isinstance(value, str) and value.strip() else ()
+
+
+def _geometry_polygons(geometry: Any) -> Iterator[Any]:
+    if geometry is None:
+        return
+    kind = geometry.get("type") if isinstance(geometry, dict) else None
+    if kind in _GEOMETRIES_WITHOUT_AREA:
+        return
+    if kind not in ("Polygon", "MultiPolygon", "GeometryCollection"):
+        raise _FormatError(f"is not GeoJSON: a geometry is of type {kind!r}")
+    content = geometry.get("geometries" if kind == "GeometryCollection" else "coordinates")
+    if not isinstance(content, list):
+        raise _FormatError(f"is not GeoJSON: a {kind} without its list of coordinates")
+    if kind == "GeometryCollection":
+        for part in content:
+            yield from _geometry_polygons(part)
+        return
+    for rings in [content] if kind == "Polygon" else content:
+        if not isinstance(rings, list):
+            raise _FormatError(f"is not GeoJSON: a {kind} without its list of rings")
+        if rings:
+            yield from _polygons(rings[0], rings[1:])
+
+
+# --- ASAP XML -----------------------------------------------------------------------------------------------------
+
+
+class _NoDoctype(ET.TreeBuilder):
+    """Refuses a document type, through which a small file can grow without bound or read others."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise _FormatError("has a DOCTYPE, which no annotation needs")
+
+
+def _asap_regions(data: bytes) -> Iterator[Region]:
+    try:
+        root = ET.parse(io.BytesIO(data), ET.XMLParser(target=_NoDoctype())).getroot()
+    except (ET.ParseError, LookupError, UnicodeError) as error:
+        raise _FormatError(f"is not XML ({error})") from error
+    if root.tag != "ASAP_Annotations":
+        raise _FormatError(f"is not ASAP XML: its root is {root.tag!r}")
+    parents = {group.get("Name", ""): group.get("PartOfGroup", "") for group in root.iter("Group")}
+    for annotation in root.iter("Annotation"):
+        if annotation.get("Type") not in ("Polygon", "Spline", "Rectangle"):
+            continue
+        points = sorted(map(_asap_point, annotation.iter("Coordinate")))
+        polygons = _polygons([[x, y] for _, x, y in points])
+        if polygons:
+            groups = _asap_groups(annotation.get("PartOfGroup", ""), parents)
+            yield Region(groups, annotation.get("Name", "").strip(), polygons)
+
+
+def _asap_groups(group: str, parents: dict[str, str]) -> tuple[str, ...]:
+    """A group and those above it."""
+    groups: list[str] = []
+    while group.strip() not in ("", "None") and group not in groups:
+        groups.append(group)
+        group = parents.get(group, "")
+    return tuple(name.strip() for name in groups)
+
+
+def _asap_point(coordinate: ET.Element) -> tuple[float, float, float]:
+    values = [coordinate.get(name, "") for name in ("Order", "X", "Y")]
+    try:
+        # Some locales write a decimal comma.
+        order, x, y = (float(value.replace(",", ".")) for value in values)
+    except ValueError as error:
+        raise _FormatError(f"coordinates that are not numbers: {' '.join(values)[:60]!r}") from error
+    return order, x, y
+
+
+# --- mask picture -------------------------------------------------------------------------------------------------
+
+
+def _read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """bool (h, w), true where the picture is not black; of the slide's aspect ratio within 2 %."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            _check_picture(path, width, height, size)
+            jpeg = picture.format == "JPEG"
+            if picture.mode in ("LA", "PA") or "transparency" in picture.info:
+                picture = picture.convert("RGBA")  # noqa: PLW2901
+            pixels: NDArray[Any] = np.asarray(picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise AnnotationError(path, f"cannot be read ({error})", "give a PNG or TIFF picture") from error
+    if pixels.ndim == 3:
+        opaque = pixels[..., 3] > 0 if pixels.shape[2] == 4 else np.True_
+        pixels = pixels[..., :3].max(axis=2) * opaque
+    limit = pixels.max() / 2 if jpeg else 0
+    return np.asarray(pixels > limit, dtype=np.bool_)
+
+
+def _check_picture(path: Path, width: int, height: int, size: tuple[int, int]) -> None:
+    if width * height > _MAX_PIXELS:
+        advice = "save it smaller: it may have any size, 4 um/px is plenty"
+        raise AnnotationError(path, f"has {width} x {height} px, more than {_MAX_PIXELS // 2**20} Mpx", advice)
+    # Half a pixel a side is rounding, not another shape.
+    slack = 0.02 + 0.5 / width + 0.5 / height
+    if abs(width * size[1] / (height * size[0]) - 1) > slack:
+        problem = f"{width} x {height} px has another aspect ratio than the slide ({size[0]} x {size[1]} px)"
+        raise AnnotationError(path, problem, "give a mask of the whole slide")

@@ -1,0 +1,1 @@
+"""Evaluation: figures with intervals over patients, plots, and one report."""

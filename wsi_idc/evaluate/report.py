@@ -1,0 +1,311 @@
+"""One folder that holds an evaluation: CSV, JSON, plots, and a page that needs nothing else.
+
+Every file repeats that it is for research use only, and the caller's notes. All contents are made before the first is
+written, each is written beside its place and renamed, and `report.html` comes last, so a killed run leaves no half file
+and a page never stands beside figures that are older than it.
+"""
+
+import base64
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import wsi_idc
+from wsi_idc.errors import UsageError
+from wsi_idc.evaluate.bootstrap import CALIBRATION_BINS
+from wsi_idc.evaluate.metrics import FIGURES, RESAMPLES, Evaluation, GroupRow, Results, evaluate
+from wsi_idc.evaluate.plots import RESEARCH_USE, draw_all, interval, render
+from wsi_idc.evaluate.predictions import Predictions
+
+SHOWN_ROWS = 500
+"""Rows of patients or slides that the page shows for one model; the CSV files hold all of them."""
+
+PLOT_WORDS = {
+    "roc": "ROC curves",
+    "precision_recall": "Precision-recall curves",
+    "reliability": "Reliability: part that is IDC against P(IDC)",
+    "per_patient": "ROC AUC and balanced accuracy of each patient",
+}
+
+
+def write_report(
+    out_dir: Path,
+    models: Sequence[Predictions] | Results,
+    *,
+    notes: Sequence[str] = (),
+    context: Mapping[str, Any] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Path]:
+    """Write the whole evaluation; files of an earlier one in the same folder are replaced.
+
+    Args:
+        out_dir: made where it is missing.
+        models: predictions, evaluated here, or the results of `evaluate` as they are.
+        notes: what every output must say, such as that patients were trained on.
+        context: where the figures come from (store, split, bundle, settings): plain values, shown and kept as JSON.
+        resamples: bootstrap resamples; of no account for results.
+        seed: the bootstrap's seed; of no account for results.
+
+    Returns:
+        The files written, `report.html` last.
+
+    Raises:
+        UsageError: models that cannot be evaluated together, or a folder that cannot be written.
+    """
+    results = models if isinstance(models, Results) else evaluate(models, resamples=resamples, seed=seed)
+    said = [" ".join(note.split()) for note in notes]
+    facts = dict(context or {})
+    contents = {name: text.encode() for name, text in _tables(results, said).items()}
+    contents["metrics.json"] = (json.dumps(as_json(results, said, facts), indent=2, allow_nan=False) + "\n").encode()
+    plots = draw_all(results, said)
+    for name, plot in plots.items():
+        contents[f"{name}.png"], contents[f"{name}.svg"] = render(plot, "png"), render(plot, "svg")
+    sizes = {name: [round(100 * side) for side in plot.get_size_inches()] for name, plot in plots.items()}
+    contents["report.html"] = _page(results, said, facts, contents, sizes).encode()
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            _put(out_dir / name, content)
+    except OSError as error:
+        where, why = error.filename or out_dir, error.strerror or str(error)
+        raise UsageError(where, f"cannot be written: {why}", "free space or choose another --out") from error
+    return [out_dir / name for name in contents]
+
+
+def summary_rows(results: Results) -> list[dict[str, str]]:
+    """The terminal's table: a row a figure, under "Figure" its name and under each model's name its value in words."""
+    rows = [
+        {"Figure": words, **{e.predictions.model: interval(e.figures[name]) for e in results.evaluations}}
+        for name, words in FIGURES.items()
+    ]
+    counted = {
+        e.predictions.model: f"{len(e.predictions):,} / {e.predictions.n_patients:,}" for e in results.evaluations
+    }
+    calls = {e.predictions.model: f"{e.predictions.threshold:.4g}" for e in results.evaluations}
+    return [*rows, {"Figure": "Threshold", **calls}, {"Figure": "Tiles / patients", **counted}]
+
+
+def difference_rows(results: Results) -> list[dict[str, str]]:
+    """The terminal's table of differences: figure, models, difference, share at or below zero, favoured model."""
+    return [
+        {
+            "Figure": FIGURES[row.figure],
+            "Models": f"{row.a} - {row.b}",
+            "Difference": interval(row.value, "signed"),
+            "At or below 0": "n/a" if math.isnan(row.at_or_below_zero) else f"{row.at_or_below_zero:.2%}",
+            "Favours": row.favours or "neither",
+        }
+        for row in results.differences
+    ]
+
+
+def as_json(results: Results, notes: Sequence[str] = (), context: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything but the plots and the per-slide rows, as plain JSON types; an undefined figure is null."""
+    plain: dict[str, Any] = _plain(
+        {
+            "format": "wsi-idc-evaluation/1",
+            "version": wsi_idc.__version__,
+            "research_use_only": RESEARCH_USE,
+            "notes": [*notes, *results.notes()],
+            "context": dict(context or {}),
+            "interval": {
+                "level": 0.95,
+                "method": "percentile bootstrap over patients",
+                "resamples": results.resamples,
+                "seed": results.seed,
+            },
+            "calibration_error": f"{CALIBRATION_BINS} equal-width bins of P(IDC), arXiv:1706.04599",
+            "models": [_model_json(evaluation) for evaluation in results.evaluations],
+            "differences": [
+                {"model": row.a, "minus": row.b, "figure": row.figure, **asdict(row.value)}
+                | {"at_or_below_zero": row.at_or_below_zero, "favours": row.favours or None}
+                for row in results.differences
+            ],
+        }
+    )
+    return plain
+
+
+def _model_json(evaluation: Evaluation) -> dict[str, Any]:
+    data = evaluation.predictions
+    return {
+        "model": data.model,
+        "title": data.title,
+        "threshold": data.threshold,
+        "tiles": len(data),
+        "positive": int(data.truth.sum()),
+        "slides": data.n_slides,
+        "patients": data.n_patients,
+        "left_out": {"unknown_truth": data.unknown, "no_probability": data.unscored},
+        "confusion": asdict(evaluation.confusion),
+        "figures": {name: asdict(figure) for name, figure in evaluation.figures.items()},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: NaN and infinities null, NumPy's scalars and arrays unpacked, anything else in words."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _tables(results: Results, notes: Sequence[str]) -> dict[str, str]:
+    """Each CSV file's text; `note` is the last column of every row."""
+    said = " ".join([RESEARCH_USE, *notes])
+    tables: dict[str, list[dict[str, Any]]] = {"metrics": [], "per_slide": [], "per_patient": [], "confusion": []}
+    for evaluation in results.evaluations:
+        data = evaluation.predictions
+        model = {"model": data.model}
+        sizes = {"tiles": len(data), "patients": data.n_patients}
+        own = " ".join([said, *(f"{note}." for note in evaluation.notes)])
+        for name, figure in evaluation.figures.items():
+            tables["metrics"].append(model | {"figure": name} | asdict(figure) | sizes | {"note": own})
+        tables["confusion"].append(
+            model | {"threshold": data.threshold} | asdict(evaluation.confusion) | sizes | {"note": said}
+        )
+        for row in evaluation.per_slide:
+            tables["per_slide"].append(model | {"slide": row.slide, "patient": row.patient} | _group(row, said))
+        for row in evaluation.per_patient:
+            tables["per_patient"].append(model | {"patient": row.patient, "slides": row.slides} | _group(row, said))
+    differences = [
+        {"model": row.a, "minus": row.b, "figure": row.figure, **asdict(row.value)}
+        | {"at_or_below_zero": row.at_or_below_zero, "favours": row.favours, "note": said}
+        for row in results.differences
+    ]
+    heads = "model minus figure value low high at_or_below_zero favours note".split()
+    texts = {f"{name}.csv": _csv(rows[0], rows) for name, rows in tables.items()}
+    return texts | {"differences.csv": _csv(heads, differences)}
+
+
+def _group(row: GroupRow, note: str) -> dict[str, Any]:
+    counted = {"tiles": row.tiles, "positive": row.positive, "mean_probability": row.mean_probability}
+    return counted | asdict(row.confusion) | dict(row.figures) | {"note": note}
+
+
+def _csv(heads: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV; an undefined figure is an empty field."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(heads), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
+    return stream.getvalue()
+
+
+def _page(
+    results: Results,
+    notes: Sequence[str],
+    context: Mapping[str, Any],
+    contents: Mapping[str, bytes],
+    sizes: Mapping[str, Sequence[int]],
+) -> str:
+    """The page, its plots inside it."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(files("wsi_idc.evaluate").joinpath("report.html.j2").read_text("utf-8"))
+    first = results.evaluations[0].predictions
+    names = ", ".join(e.predictions.model for e in results.evaluations)
+    return template.render(
+        research_use=RESEARCH_USE,
+        notes=[*notes, *results.notes()],
+        tiles=len(first),
+        positive=int(first.truth.sum()),
+        slides=first.n_slides,
+        patients=first.n_patients,
+        resamples=results.resamples,
+        seed=results.seed,
+        models=[
+            {"model": e.predictions.model, "title": e.predictions.title}
+            | {"threshold": e.predictions.threshold, "cells": e.confusion}
+            for e in results.evaluations
+        ],
+        figures=[
+            {"name": words, "cells": [_value_range(interval(e.figures[name])) for e in results.evaluations]}
+            for name, words in FIGURES.items()
+        ],
+        differences=[
+            {"name": row["Figure"], "pair": row["Models"], "share": row["At or below 0"], "favours": row["Favours"]}
+            | dict(zip(("value", "range"), _value_range(row["Difference"]), strict=True))
+            for row in difference_rows(results)
+        ],
+        plots=[
+            {"alt": f"{words}: {names}", "width": sizes[name][0], "height": sizes[name][1]}
+            | {"data": base64.b64encode(contents[f"{name}.png"]).decode()}
+            for name, words in PLOT_WORDS.items()
+        ],
+        groups=[group for evaluation in results.evaluations for group in _groups(evaluation)],
+        context=[(name, _words(value)) for name, value in context.items()],
+    )
+
+
+def _value_range(words: str) -> tuple[str, str]:
+    """A figure in words, cut into its value and its interval."""
+    value, _, rest = words.partition(" ")
+    return value, rest
+
+
+def _groups(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The page's tables of patients, and of slides where a patient has several."""
+    data = evaluation.predictions
+    shown = {"roc_auc": "ROC AUC", "f1": "F1", "balanced_accuracy": "Bal. accuracy", "recall": "Recall"}
+    shown |= {"specificity": "Specificity", "brier": "Brier"}
+    kinds = [("patients", evaluation.per_patient, "per_patient.csv")]
+    if data.n_slides != data.n_patients:
+        kinds.append(("slides", evaluation.per_slide, "per_slide.csv"))
+    groups = []
+    for kind, rows, file in kinds:
+        worst = sorted(rows, key=lambda row: -row.figures["brier"])[:SHOWN_ROWS]
+        ids = ["Patient"] if kind == "patients" else ["Slide", "Patient"]
+        groups.append(
+            {
+                "heading": f"{data.model}: {len(rows):,} {kind}",
+                "left_out": len(rows) - len(worst),
+                "file": file,
+                "heads": [*ids, "Tiles", "IDC", "Mean P(IDC)", *shown.values()],
+                "rows": [
+                    [row.patient] * (kind == "patients")
+                    + [row.slide, row.patient] * (kind == "slides")
+                    + [f"{row.tiles:,}", f"{row.positive:,}", _number(row.mean_probability)]
+                    + [_number(row.figures[name]) for name in shown]
+                    for row in worst
+                ],
+            }
+        )
+    return groups
+
+
+def _number(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.3f}"
+
+
+def _words(value: Any) -> str:
+    plain = _plain(value)
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write beside the place, then rename; nothing is left of a write that failed."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

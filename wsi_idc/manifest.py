@@ -1,0 +1,315 @@
+"""The manifest: a CSV of slides, read whole or refused with every fault named.
+
+The standard library only, and quick to import: the command line reads it before anything heavy.
+"""
+
+import csv
+import difflib
+import io
+import math
+import os
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wsi_idc.errors import ManifestError
+
+MPP_RANGE = (0.05, 100.0)
+"""um/px that a slide can have; outside it, a figure is a mistake of units."""
+SPLITS = ("train", "val", "test")
+COLUMNS = ("path", "slide_id", "patient_id", "mpp", "annotation", "mask", "split", "label")
+"""The columns that mean something; all others are metadata."""
+
+_MAX_ID_BYTES = 128
+_MAX_FILE_BYTES = 256 * 1024 * 1024
+_NOT_IN_NAMES = frozenset('<>:"|?*/\\')
+_ALIASES = frozenset({"file", "filename", "filepath", "slide", "slide_path", "image", "image_path", "wsi"})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One slide of a manifest.
+
+    Args:
+        slide_id: names the slide's folder in the store; unique, whatever the case.
+        path: absolute; a file, or a folder for DICOM, OME-NGFF and IDC patches.
+        patient_id: all slides of a patient share one split.
+        mpp: level-0 um/px that overrides the slide's own; None: the slide's own.
+        annotation: absolute; which part of the slide is IDC; None: unknown.
+        mask: absolute; which part of the slide is tissue; None: to be found.
+        split: "train", "val", "test", or "" for none.
+        label: as it stands.
+        metadata: the other columns.
+        line: where the row starts in the manifest, from 1; 0: in no file.
+    """
+
+    slide_id: str
+    path: Path
+    patient_id: str
+    mpp: float | None = None
+    annotation: Path | None = None
+    mask: Path | None = None
+    split: str = ""
+    label: str = ""
+    metadata: dict[str, str] = field(default_factory=dict, hash=False)
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV's header and its rows, each a line number and a value for every named column."""
+
+    columns: list[str]
+    rows: list[tuple[int, dict[str, str]]]
+
+
+def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
+    """The slides of a manifest, in its order.
+
+    Raises:
+        ManifestError: every fault of the manifest, each with its line, column and value.
+    """
+    path = Path(path)
+    faults: list[tuple[int, str]] = []
+    table = read_table(path, faults)
+    faults += _header_faults(table)
+    rows = [_read_row(path.absolute().parent, line, values, faults) for line, values in table.rows]
+    if not table.rows and not faults:
+        faults.append((0, "no slides: only a header; add a line for each slide"))
+    _check_ids(rows, table.columns, faults)
+    _check_patients(rows, faults)
+    raise_faults(path, faults)
+    return rows
+
+
+def raise_faults(path: Path, faults: Iterable[tuple[int, str]]) -> None:
+    """Raise a ManifestError if there are faults, in the order of their lines.
+
+    Args:
+        path: the file they are in.
+        faults: line (0: the whole file) and text of each.
+    """
+    ordered = sorted(faults, key=lambda item: item[0])
+    if ordered:
+        raise ManifestError(path, [f"line {line}, {text}" if line else text for line, text in ordered])
+
+
+def check_slide_id(text: str) -> str | None:
+    """What forbids a slide id to name a folder on any file system or in Zarr; None if nothing does."""
+    if not text:
+        return "is empty"
+    if text in (".", "..", "zarr.json") or text.casefold() == "zarr.json":
+        return f"{text!r} is a reserved name"
+    if len(text.encode("utf-8", "surrogatepass")) > _MAX_ID_BYTES:
+        return f"is longer than {_MAX_ID_BYTES} bytes"
+    if text.startswith((".", "__")) or text != text.strip() or text.endswith("."):
+        return "starts with a dot, a space or '__', or ends with a dot or a space"
+    if bad := sorted({character for character in text if character in _NOT_IN_NAMES}):
+        return f"contains {' '.join(bad)}, which cannot be in a folder's name"
+    if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text):
+        return "contains a control character or an invisible one"
+    return None
+
+
+def same_name(text: str) -> str:
+    """A key that is equal for ids which some file system would take for the same name."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+
+
+def fault(column: str, value: str, problem: str, advice: str) -> str:
+    """A fault of one value, without its line."""
+    shown = value if len(value) <= 120 else f"{value[:117]}..."
+    return f"column {column}, {shown!r}: {problem}; {advice}"
+
+
+def read_table(path: Path, faults: list[tuple[int, str]]) -> Table:
+    """A CSV with a header, values stripped, blank lines left out; its faults of form are added to `faults`.
+
+    A row with another number of fields than the header is a fault and left out. A column without a name is ignored.
+    """
+    text = _read_text(path, faults)
+    records = _records(text, faults)
+    if not records:
+        if not faults:
+            faults.append((0, "is empty; write a header line with a column 'path', then a line for each slide"))
+        return Table([], [])
+    header_line, columns = records[0]
+    twice = [name for name in dict.fromkeys(columns) if name and columns.count(name) > 1]
+    faults += [(header_line, fault(name, name, "the column is there twice", "rename or remove one")) for name in twice]
+    rows = []
+    for line, values in records[1:]:
+        if len(values) != len(columns):
+            few = "few" if len(values) < len(columns) else "many"
+            counts = f"{len(values)} where the header has {len(columns)}"
+            faults.append((line, f"too {few} fields: {counts}; put values that contain commas in double quotes"))
+        else:
+            rows.append((line, {name: value for name, value in zip(columns, values, strict=True) if name}))
+    return Table([name for name in columns if name], rows)
+
+
+def _read_text(path: Path, faults: list[tuple[int, str]]) -> str:
+    """The file's text, or "" and a fault."""
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        faults.append((0, "no such file; check the path, or make one with `wsi-idc manifest DIR`"))
+    except IsADirectoryError:
+        faults.append((0, "is a folder; make a manifest of it with `wsi-idc manifest DIR`"))
+    except (OSError, ValueError) as error:
+        faults.append((0, f"cannot be read ({getattr(error, 'strerror', None) or error}); give a readable CSV file"))
+    else:
+        if len(data) > _MAX_FILE_BYTES or b"\0" in data:
+            kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "not a text file"
+            line = data.count(b"\n", 0, data.find(b"\0")) + 1 if b"\0" in data else 0
+            what = f"{kind} (it contains NUL bytes)" if line else "larger than a manifest can be"
+            faults.append((line, f"{what}; give a CSV file saved as UTF-8"))
+            return ""
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            byte = f"0x{error.object[error.start]:02x}"
+            faults.append((line, f"byte {byte} is not UTF-8; save the file as UTF-8 ('CSV UTF-8' in a spreadsheet)"))
+    return ""
+
+
+def _records(text: str, faults: list[tuple[int, str]]) -> list[tuple[int, list[str]]]:
+    """The first line and the stripped fields of each record that is not blank."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    records: list[tuple[int, list[str]]] = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = [value.strip() for value in next(reader)]
+        except StopIteration:
+            return records
+        except csv.Error as error:
+            faults.append((line, f"not CSV ({error}); close each double quote, and double those inside a value"))
+            continue
+        if any(fields):
+            records.append((line, fields))
+
+
+def _header_faults(table: Table) -> list[tuple[int, str]]:
+    """A missing path column, and columns that were surely meant as ours."""
+    if not table.columns:
+        return []
+    faults = []
+    if "path" not in table.columns:
+        header = ", ".join(table.columns)
+        by_hand = [name for name in table.columns if name.casefold() in _ALIASES | {"path"}]
+        close = by_hand or difflib.get_close_matches("path", table.columns, n=1, cutoff=0.5)
+        advice = f"rename {close[0]!r} to 'path'" if close else "add a column 'path' with each slide's file"
+        if len(table.columns) == 1 and (separator := next((mark for mark in ";\t" if mark in header), "")):
+            advice = f"the fields are separated by {separator!r}: save the file with commas"
+        faults.append((1, fault("path", header, "the header has no column 'path'", advice)))
+    for name in table.columns:
+        if name != name.casefold() and name.casefold() in COLUMNS[1:] and name.casefold() not in table.columns:
+            problem = f"differs from {name.casefold()!r} only in case, and would be ignored"
+            faults.append((1, fault(name, name, problem, f"write {name.casefold()!r}")))
+    return faults
+
+
+def _read_row(base: Path, line: int, values: Mapping[str, str], faults: list[tuple[int, str]]) -> Row:
+    """One row; its faults are added to `faults`, with harmless values in their place."""
+
+    def report(column: str, problem: str, advice: str) -> None:
+        faults.append((line, fault(column, values.get(column, ""), problem, advice)))
+
+    written = values.get("path", "")
+    path = _absolute(base, written)
+    if "path" in values:
+        if not written:
+            report("path", "is empty", "write the slide's file or folder")
+        elif problem := _missing(path):
+            report("path", problem, "correct the path or remove the line")
+    companions: dict[str, Path | None] = {"annotation": None, "mask": None}
+    for column in companions:
+        if values.get(column):
+            companions[column] = file = _absolute(base, values[column])
+            if problem := _missing(file) or ("is a folder" if file.is_dir() else ""):
+                report(column, problem, "correct the path or leave the field empty")
+
+    slide_id = values.get("slide_id") or (path.name if not _missing(path) and path.is_dir() else path.stem)
+    if written and (bad_id := check_slide_id(slide_id)):
+        column = "slide_id" if values.get("slide_id") else "path"
+        what = bad_id if column == "slide_id" else f"its default slide_id {slide_id!r} {bad_id}"
+        report(column, what, "write a slide_id of letters, digits, '.', '_' and '-'")
+
+    mpp, split = _read_mpp(values.get("mpp", ""), report), values.get("split", "")
+    if split and split not in SPLITS:
+        close = difflib.get_close_matches(split.casefold(), SPLITS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "write train, val or test, or leave it empty"
+        report("split", "is not a split", hint)
+    metadata = {name: value for name, value in values.items() if name not in COLUMNS}
+    patient_id = values.get("patient_id") or slide_id
+    label = values.get("label", "")
+    return Row(slide_id, path, patient_id, mpp, **companions, split=split, label=label, metadata=metadata, line=line)
+
+
+def _read_mpp(text: str, report: Callable[[str, str, str], None]) -> float | None:
+    """The um/px of a row; None where it is empty or at fault."""
+    if not text:
+        return None
+    low, high = MPP_RANGE
+    try:
+        mpp = float(text.replace("_", "?"))
+    except ValueError:
+        point = f"write {text.replace(',', '.')}" if text.count(",") == 1 else "write um/px as a number such as 0.25"
+        report("mpp", "is not a number", point)
+        return None
+    if math.isnan(mpp) or not low <= mpp <= high:
+        report("mpp", f"is not between {low:g} and {high:g} um/px", "write the um/px of the slide's finest level")
+        return None
+    return mpp
+
+
+def _absolute(base: Path, text: str) -> Path:
+    """A path as the system itself would follow it: links before `..`, and no link followed without need."""
+    path = base / text
+    if ".." not in path.parts:
+        return path
+    try:
+        return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+    except (OSError, RuntimeError):  # a loop of links: what is missing is reported by its caller
+        return path
+
+
+def _missing(path: Path) -> str:
+    """Why a path cannot be used, or ""."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        url = ", and a URL cannot be read" if ":/" in str(path) else ""
+        return f"no such file or folder (looked for {path}{url})"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    return ""
+
+
+def _check_ids(rows: Sequence[Row], columns: Sequence[str], faults: list[tuple[int, str]]) -> None:
+    """Report each slide_id that an earlier row has, whatever its case."""
+    seen: dict[str, Row] = {}
+    for row in rows:
+        if not row.slide_id:
+            continue
+        first = seen.setdefault(same_name(row.slide_id), row)
+        if first is not row:
+            same = "is" if first.slide_id == row.slide_id else "differs only in case from"
+            problem = f"{same} the slide_id of line {first.line}"
+            advice = "give each slide its own" if "slide_id" in columns else "add a column slide_id with an id for each"
+            faults.append((row.line, fault("slide_id", row.slide_id, problem, advice)))
+
+
+def _check_patients(rows: Sequence[Row], faults: list[tuple[int, str]]) -> None:
+    """Report each row whose patient is in another split already: that would leak between training and test."""
+    seen: dict[str, Row] = {}
+    for row in rows:
+        if row.split not in SPLITS:
+            continue
+        first = seen.setdefault(row.patient_id, row)
+        if first.split != row.split:
+            problem = f"patient {row.patient_id!r} is in {first.split!r} at line {first.line}"
+            faults.append((row.line, fault("split", row.split, problem, "put all slides of a patient in one split")))

@@ -1,0 +1,1 @@
+"""The model: its network, its bundle, and what runs it."""

@@ -1,0 +1,150 @@
+"""The model bundle: a folder with `bundle.json` and the graph; a model is a function from uint8 tiles to probabilities.
+
+bundle/
+  bundle.json          the fields of `Bundle`
+  model.onnx           tiles uint8 (n, size, size, 3) RGB -> probability float32 (n,)
+  model.int8.onnx      the same, quantised; optional
+  model.safetensors    weights, for torch on CUDA; optional
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from wsi_idc.errors import ModelError
+from wsi_idc.manifest import MPP_RANGE, check_slide_id
+from wsi_idc.settings import Precision, TileSpec
+
+FORMAT = "wsi-idc-model/1"
+MPP_TOLERANCE = 0.10
+"""A store whose um/px differs from the bundle's by more than this part is refused."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+
+class BundleTile(_Part):
+    """The tiles that the model was trained on."""
+
+    size_px: Annotated[int, Field(ge=8, le=4096)]
+    mpp: Annotated[float, Field(ge=MPP_RANGE[0], le=MPP_RANGE[1])]
+
+
+class BundleGraph(_Part):
+    """The ONNX graphs, and the names of their input and output."""
+
+    file: str = "model.onnx"
+    int8: str | None = None
+    input: str = "tiles"
+    output: str = "probability"
+
+    @field_validator("file", "int8")
+    @classmethod
+    def _beside(cls, value: str | None) -> str | None:
+        if value is not None and (Path(value).name != value or not value):
+            raise ValueError("must be a file's name, without folders")
+        return value
+
+
+class Bundle(_Part):
+    """The contents of `bundle.json`; fields not named here are kept."""
+
+    format: Literal["wsi-idc-model/1"]
+    name: str
+    title: str = ""
+    classes: tuple[str, str] = ("non-IDC", "IDC")
+    tile: BundleTile
+    graph: BundleGraph = BundleGraph()
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    network: dict[str, Any] | None = None
+    training: dict[str, Any] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        if fault := check_slide_id(value):
+            raise ValueError(fault)
+        return value
+
+
+class LoadedBundle:
+    """A bundle on disk, its fields checked.
+
+    Attributes:
+        folder: where it is.
+        fields: the contents of `bundle.json`.
+    """
+
+    def __init__(self, folder: Path, fields: Bundle) -> None:
+        self.folder, self.fields = folder, fields
+
+    @property
+    def weights(self) -> Path:
+        """The weights for torch; may be absent."""
+        return self.folder / "model.safetensors"
+
+    def graph_path(self, precision: Precision) -> Path:
+        """The graph of a precision; "auto" is int8 where the bundle has it.
+
+        Raises:
+            ModelError: the bundle has no such graph.
+        """
+        graph = self.fields.graph
+        if precision == "int8" and graph.int8 is None:
+            raise ModelError(self.folder, "graph.int8: the bundle has no int8 graph", "use --precision float32")
+        name = graph.int8 if graph.int8 and precision != "float32" else graph.file
+        path = self.folder / name
+        if not path.is_file():
+            raise ModelError(self.folder, f"graph: {name} is missing", "the bundle is not whole: copy it again")
+        return path
+
+    def check_fits(self, spec: TileSpec) -> None:
+        """Refuse tiles that the model was not made for.
+
+        Raises:
+            ModelError: another size, or um/px further off than a tenth.
+        """
+        tile = self.fields.tile
+        advice = f"extract with --tile-size {tile.size_px} --mpp {tile.mpp:g}"
+        if spec.size_px != tile.size_px:
+            raise ModelError(
+                self.fields.name, f"tile.size_px is {tile.size_px}, the store's tiles have {spec.size_px}", advice
+            )
+        if abs(spec.mpp / tile.mpp - 1) > MPP_TOLERANCE:
+            raise ModelError(
+                self.fields.name, f"tile.mpp is {tile.mpp:g} um/px, the store's tiles have {spec.mpp:g}", advice
+            )
+
+
+def read_bundle(folder: Path) -> LoadedBundle:
+    """A bundle, its fields checked; the graph is checked when it is loaded.
+
+    Raises:
+        ModelError: names the field that is wrong.
+    """
+    folder = Path(folder)
+    file = folder / "bundle.json"
+    if not folder.is_dir() or not file.is_file():
+        raise ModelError(folder, "no bundle.json there", "give the folder of a model bundle with --model")
+    try:
+        fields = Bundle.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(file, f"not JSON ({error})", "copy the bundle again") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "bundle.json"
+        message = first["msg"].removeprefix("Value error, ")
+        missing = first["type"] == "missing"
+        problem = f"{name}: missing" if missing else f"{name}: {message[0].lower()}{message[1:]}"
+        raise ModelError(file, problem, f"found {len(error.errors())} such fault(s)") from error
+    return LoadedBundle(folder, fields)
+
+
+def file_digest(path: Path) -> str:
+    """Sixteen hex digits of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=8)).hexdigest()

@@ -1,0 +1,103 @@
+"""What runs a model: ONNX Runtime on the CPU, torch on CUDA. Both take uint8 tiles and give probabilities."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_idc.errors import ModelError
+from wsi_idc.model.bundle import LoadedBundle
+from wsi_idc.settings import Precision
+
+
+class Runtime(Protocol):
+    """A loaded model."""
+
+    def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """P(IDC) of each tile: float32 (n,), from uint8 (n, size, size, 3) RGB."""
+
+
+class OnnxRuntime:
+    """A bundle's graph in ONNX Runtime on the CPU.
+
+    Raises:
+        ModelError: the graph cannot be loaded, or has another input or output than the bundle says.
+    """
+
+    def __init__(self, bundle: LoadedBundle, precision: Precision, threads: int) -> None:
+        import onnxruntime
+
+        path = bundle.graph_path(precision)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        try:
+            self._session = onnxruntime.InferenceSession(
+                path.read_bytes(), sess_options=options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            line = str(error).splitlines()[0]
+            raise ModelError(bundle.folder, f"graph.file: {path.name} cannot be loaded ({line})") from error
+        graph, size = bundle.fields.graph, bundle.fields.tile.size_px
+        self._input, self._output = graph.input, graph.output
+        _check_port(bundle, "input", self._session.get_inputs(), graph.input, "tensor(uint8)", (None, size, size, 3))
+        _check_port(bundle, "output", self._session.get_outputs(), graph.output, "tensor(float)", (None,))
+
+    def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `Runtime.predict`."""
+        (probability,) = self._session.run([self._output], {self._input: np.ascontiguousarray(tiles)})
+        return np.asarray(probability, np.float32)
+
+
+def _check_port(
+    bundle: LoadedBundle, which: str, found: list[Any], name: str, kind: str, shape: tuple[int | None, ...]
+) -> None:
+    """Check one input or output of the graph; None in `shape` is the free axis of tiles."""
+    ports = {port.name: port for port in found}
+    if name not in ports:
+        raise ModelError(bundle.folder, f"graph.{which}: the graph has no {name!r}, it has {', '.join(ports)}")
+    port = ports[name]
+    sides = tuple(side if isinstance(side, int) else None for side in port.shape)
+    fits = len(sides) == len(shape) and all(
+        want is None if side is None and axis == 0 else side in (want, None) if want else side is None
+        for axis, (side, want) in enumerate(zip(sides, shape, strict=True))
+    )
+    if port.type != kind or not fits or (which == "input" and len(found) != 1):
+        wanted = "(" + ", ".join("n" if side is None else str(side) for side in shape) + ")"
+        raise ModelError(
+            bundle.folder, f"graph.{which}: {name!r} is {port.type} {port.shape}, {kind} {wanted} is needed"
+        )
+
+
+class TorchRuntime:
+    """A bundle's network in torch, from safetensors; meant for CUDA, tested on the CPU device.
+
+    Raises:
+        ModelError: the bundle has no weights or no network, or they do not fit.
+    """
+
+    def __init__(self, bundle: LoadedBundle, device: str) -> None:
+        import torch
+
+        from wsi_idc.model.network import load_network
+
+        if bundle.fields.network is None or not bundle.weights.is_file():
+            raise ModelError(
+                bundle.folder, "network and model.safetensors are needed on a GPU", "leave --gpus out, or train anew"
+            )
+        self._torch = torch
+        self._device = torch.device(device)
+        network = load_network(bundle.fields.network, bundle.weights)
+        self._network = network.eval().to(self._device, memory_format=torch.channels_last)
+
+    def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `Runtime.predict`; half precision inside on CUDA."""
+        torch = self._torch
+        batch = torch.from_numpy(np.ascontiguousarray(tiles))
+        cuda = self._device.type == "cuda"
+        if cuda:
+            batch = batch.pin_memory()
+        with torch.inference_mode(), torch.autocast(self._device.type, torch.float16, enabled=cuda):
+            logits = self._network(batch.to(self._device, non_blocking=True))
+            probability: NDArray[np.float32] = torch.sigmoid(logits.float()).cpu().numpy()
+        return probability

@@ -1,0 +1,59 @@
+"""What the store knows of each slide."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wsi_idc.store import Store, open_store
+
+
+@dataclass(frozen=True)
+class SlideState:
+    """One line of `wsi-idc status`.
+
+    Attributes:
+        slide_id: the slide.
+        extracted: yes, failed, or no.
+        tiles: number of tiles, as text; empty where not extracted.
+        scored: the models whose map is there and made from these tiles.
+        reason: why it failed; or which maps are of older tiles.
+    """
+
+    slide_id: str
+    extracted: str
+    tiles: str
+    scored: str
+    reason: str
+
+    def fields(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "tiles": int(self.tiles) if self.tiles else None}
+
+
+def slide_states(path: Path, names: Sequence[str] | None = None) -> list[SlideState]:
+    """The state of the named slides, or of all in the store.
+
+    Raises:
+        StoreError: there is no such store.
+    """
+    store = open_store(path)
+    models = store.models()
+    return [_state(store, name, models) for name in (store.all_slide_ids() if names is None else names)]
+
+
+def _state(store: Store, name: str, models: Sequence[str]) -> SlideState:
+    record = store.slide_node(name).record()
+    if not record.usable:
+        return SlideState(name, "failed" if record.failed else "no", "", "", record.failed or "")
+    slide = store.slide(name)
+    scored, reasons = [], []
+    for model in models:
+        made = store.map_node(model, name).record()
+        if made.failed:
+            reasons.append(f"{model}: {made.failed}")
+        elif made.complete and made.complete["made_from"]["tiles"] != slide.identity:
+            reasons.append(f"{model}: its map is of older tiles")
+        elif made.complete:
+            scored.append(model)
+    return SlideState(name, "yes", str(slide.count), ", ".join(scored), "; ".join(reasons))
