@@ -1,7 +1,7 @@
 """Which part of each tile is IDC, by an annotation: QuPath GeoJSON, ASAP XML, or a mask picture.
 
-Polygons are united first, so that overlapping ones never count twice, and cut into pieces of few vertices, so that a
-tile is only ever compared with what lies near it. Coordinates are level-0 pixels of the slide.
+Polygons are cut into pieces of few vertices, so that a tile is only ever compared with what lies near it, and what
+meets in a tile is united there, so that overlapping ones never count twice. Coordinates are the slide's level-0 pixels.
 """
 
 import gzip
@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,11 @@ ASAP = (".xml",)
 PICTURES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 
 _MAX_BYTES = 2**30
-_MAX_PIXELS = 2**27
+_MAX_PIXELS = 2**26  # where Pillow begins to warn is not far above
+_MAX_COORDINATE = 1e9
 _PIECE_VERTICES = 128
+_PIECES_AT_ONCE = 64
+_SMALLER = "save it smaller: it may have any size, and 4 um/px is plenty"
 _GEOMETRIES_WITHOUT_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString")
 
 
@@ -98,7 +101,7 @@ def read_regions(annotation: Path) -> list[Region]:
     data = _read_bytes(annotation)
     reader = _asap_regions if _suffix(annotation) in ASAP else _geojson_regions
     try:
-        return list(reader(data))
+        return _repair(list(reader(data)))
     except _FormatError as error:
         raise AnnotationError(annotation, str(error), "export it again as QuPath GeoJSON or ASAP XML") from error
     except RecursionError as error:
@@ -152,58 +155,85 @@ def _check_place(annotation: Path, regions: Sequence[Region], grid: Grid) -> Non
 
 
 def _covered(polygons: Sequence[Any], grid: Grid, cells: NDArray[np.integer]) -> NDArray[np.float32]:
-    """Part of each tile that lies in the union of polygons: float32 (n,)."""
+    """Part of each tile that lies in the union of valid polygons: float32 (n,)."""
+    fraction = np.zeros(len(cells), dtype=np.float32)
     if not polygons or not len(cells):
-        return np.zeros(len(cells), dtype=np.float32)
+        return fraction
     width, height = grid.extent
     start = grid.position(cells).astype(np.float64)
     tiles = shapely.box(start[:, 0], start[:, 1], start[:, 0] + width, start[:, 1] + height)
-    window = shapely.box(*shapely.total_bounds(tiles))
-    near = [polygon for polygon in polygons if polygon.intersects(window)]
-    pieces = np.array(list(_cut(shapely.get_parts(shapely.union_all(near)), 4 * max(width, height))), dtype=object)
+    near = np.array(polygons, dtype=object)
+    near = near[shapely.intersects(near, shapely.box(*shapely.total_bounds(tiles)))]
+    pieces = _cut(near, 4 * max(width, height))
+    pieces = pieces[np.argsort(-shapely.area(pieces))]
     shapely.prepare(pieces)
-    tree = shapely.STRtree(tiles)
-    piece, tile = tree.query(pieces, predicate="intersects")
-    whole = shapely.covers(pieces[piece], tiles[tile])
-    area = np.where(whole, width * height, 0.0)
-    area[~whole] = shapely.area(shapely.intersection(tiles[tile[~whole]], pieces[piece[~whole]]))
-    total = np.bincount(tile, weights=area, minlength=len(cells))
-    return np.clip(total / (width * height), 0.0, 1.0).astype(np.float32)
+    tree, whole = shapely.STRtree(tiles), np.zeros(len(tiles), dtype=bool)
+    pairs = [np.empty((2, 0), dtype=np.intp)]
+    for first in range(0, len(pieces), _PIECES_AT_ONCE):
+        piece, tile = tree.query(pieces[first : first + _PIECES_AT_ONCE], predicate="intersects")
+        whole[tile[shapely.covers(pieces[piece + first], tiles[tile])]] = True
+        pairs.append(np.stack([piece + first, tile])[:, ~whole[tile]])
+    piece, tile = np.concatenate(pairs, axis=1)
+    piece, tile = piece[~whole[tile]], tile[~whole[tile]]
+    fraction[whole] = 1.0
+    order = np.argsort(tile, kind="stable")
+    met, group = np.unique(tile[order], return_inverse=True)
+    parts = shapely.intersection(tiles[tile[order]], pieces[piece[order]])
+    together = shapely.geometrycollections(parts, indices=group)
+    several = np.bincount(group) > 1
+    together[several] = shapely.union_all(together[several, None], axis=1)
+    fraction[met] = np.clip(shapely.area(together) / (width * height), 0.0, 1.0)
+    return fraction
 
 
-def _cut(polygons: Iterable[Any], smallest: float) -> Iterator[Any]:
-    """Disjoint pieces of polygons, each with few vertices or of few tiles' size."""
-    todo = [polygon for polygon in polygons if polygon.geom_type == "Polygon"]
-    while todo:
-        polygon = todo.pop()
-        x0, y0, x1, y1 = polygon.bounds
-        if shapely.get_num_coordinates(polygon) <= _PIECE_VERTICES or max(x1 - x0, y1 - y0) <= smallest:
-            yield polygon
-            continue
-        x, y = (x0 + x1) / 2, (y0 + y1) / 2
-        if x1 - x0 > y1 - y0:
-            halves = shapely.box(x0, y0, x, y1), shapely.box(x, y0, x1, y1)
-        else:
-            halves = shapely.box(x0, y0, x1, y), shapely.box(x0, y, x1, y1)
-        for half in halves:
-            todo += _areas(shapely.intersection(polygon, half))
+def _cut(polygons: NDArray[Any], smallest: float) -> NDArray[Any]:
+    """The same area in pieces that have few vertices or are no larger than `smallest`."""
+    done = []
+    while len(polygons):
+        bounds = shapely.bounds(polygons)
+        sides = (bounds[:, 2:] - bounds[:, :2]).max(axis=1)
+        small = (shapely.get_num_coordinates(polygons) <= _PIECE_VERTICES) | (sides <= smallest)
+        done.append(polygons[small])
+        halves = [half for polygon in polygons[~small] for half in _halves(polygon)]
+        polygons = _areas(np.array(halves, dtype=object))[0]
+    return np.concatenate(done) if done else polygons
 
 
-def _areas(geometry: Any) -> list[Any]:
-    """The polygons of a geometry, however nested; lines and points are dropped."""
-    parts = shapely.get_parts(shapely.get_parts(geometry))
-    return [part for part in parts if part.geom_type == "Polygon" and part.area > 0]
+def _halves(polygon: Any) -> Iterator[Any]:
+    """A polygon cut across the middle of its longer side."""
+    x0, y0, x1, y1 = polygon.bounds
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
+    wide = x1 - x0 > y1 - y0
+    for box in ((x0, y0, x, y1), (x, y0, x1, y1)) if wide else ((x0, y0, x1, y), (x0, y, x1, y1)):
+        half = shapely.clip_by_rect(polygon, *box)  # far quicker than an intersection, but not always valid
+        yield half if half.is_valid else shapely.intersection(polygon, shapely.box(*box))
+
+
+def _areas(geometries: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """The polygons of geometries, however nested, and from which geometry each is; lines and points are dropped."""
+    parts, source = shapely.get_parts(geometries, return_index=True)
+    parts, inner = shapely.get_parts(parts, return_index=True)
+    kept = (shapely.get_type_id(parts) == shapely.GeometryType.POLYGON) & (shapely.area(parts) > 0)
+    return parts[kept], source[inner][kept]
+
+
+def _repair(regions: Sequence[Region]) -> list[Region]:
+    """The same regions with valid polygons, in one pass over them all; those without area are dropped."""
+    polygons = np.array([polygon for region in regions for polygon in region.polygons], dtype=object)
+    owner = np.repeat(np.arange(len(regions)), [len(region.polygons) for region in regions])
+    invalid = ~shapely.is_valid(polygons)
+    polygons[invalid] = shapely.make_valid(polygons[invalid], method="structure", keep_collapsed=False)
+    polygons, source = _areas(polygons)
+    groups: dict[int, list[Any]] = {}
+    for index, polygon in zip(owner[source].tolist(), polygons, strict=True):
+        groups.setdefault(index, []).append(polygon)
+    return [replace(regions[index], polygons=group) for index, group in groups.items()]
 
 
 def _polygons(shell: Any, holes: Iterable[Any] = ()) -> list[Any]:
-    """Valid polygons of a ring and its holes; a ring of fewer than three points has no area."""
+    """The polygon of a ring and its holes, valid or not; a ring of fewer than three points has no area."""
     outer, inner = _ring(shell), [ring for ring in map(_ring, holes) if ring is not None]
-    if outer is None:
-        return []
-    polygon = shapely.Polygon(outer, inner)
-    if not polygon.is_valid:
-        polygon = shapely.make_valid(polygon, method="structure", keep_collapsed=False)
-    return _areas(polygon)
+    return [] if outer is None else [shapely.Polygon(outer, inner)]
 
 
 def _ring(points: Any) -> NDArray[np.float64] | None:
@@ -218,6 +248,8 @@ def _ring(points: Any) -> NDArray[np.float64] | None:
     if ring.dtype.kind not in "iuf" or ring.ndim != 2 or ring.shape[1] < 2 or not np.isfinite(ring).all():
         odd = next((point for point in points if not _is_point(point)), points[0])
         raise _FormatError(f"coordinates that are not numbers: {json.dumps(odd)[:60]}")
+    if np.abs(ring[:, :2]).max() > _MAX_COORDINATE:
+        raise _FormatError("coordinates that no slide has: more than 1e9 pixels")
     return ring[:, :2].astype(np.float64)
 
 
@@ -339,13 +371,13 @@ def _read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
 
     try:
         with Image.open(path) as picture:
-            width, height = picture.size
-            _check_picture(path, width, height, size)
+            _check_picture(path, *picture.size, size)
             jpeg = picture.format == "JPEG"
-            if picture.mode in ("LA", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")  # noqa: PLW2901
-            pixels: NDArray[Any] = np.asarray(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            clear = picture.mode in ("LA", "PA") or "transparency" in picture.info
+            pixels: NDArray[Any] = np.asarray(picture.convert("RGBA") if clear else picture)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise AnnotationError(path, "has too many pixels", _SMALLER) from error
+    except (OSError, ValueError, SyntaxError) as error:
         raise AnnotationError(path, f"cannot be read ({error})", "give a PNG or TIFF picture") from error
     if pixels.ndim == 3:
         opaque = pixels[..., 3] > 0 if pixels.shape[2] == 4 else np.True_
@@ -356,8 +388,7 @@ def _read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
 
 def _check_picture(path: Path, width: int, height: int, size: tuple[int, int]) -> None:
     if width * height > _MAX_PIXELS:
-        advice = "save it smaller: it may have any size, 4 um/px is plenty"
-        raise AnnotationError(path, f"has {width} x {height} px, more than {_MAX_PIXELS // 2**20} Mpx", advice)
+        raise AnnotationError(path, f"has {width} x {height} px, more than {_MAX_PIXELS // 2**20} Mpx", _SMALLER)
     # Half a pixel a side is rounding, not another shape.
     slack = 0.02 + 0.5 / width + 0.5 / height
     if abs(width * size[1] / (height * size[0]) - 1) > slack:

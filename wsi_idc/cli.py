@@ -230,20 +230,19 @@ def make_manifest(
 ) -> None:
     """Write a manifest of every slide in a folder."""
     console = _console(json_lines=False)
-    from wsi_idc.manifest import write_manifest
-    from wsi_idc.scan import read_split_file, scan
+    from dataclasses import replace
+
+    from wsi_idc.scan import read_split_file, scan, write_manifest
     from wsi_idc.slides import detect
 
     found = scan(folder, detect, read_split_file(split_file) if split_file else None)
-    if mpp is not None:
-        from dataclasses import replace
-
-        rows = [replace(row, mpp=mpp) for row in found.rows]
-    else:
-        rows = list(found.rows)
+    rows = found.rows if mpp is None else [replace(row, mpp=mpp) for row in found.rows]
+    if not rows:
+        raise UsageError(folder, "no slide found in it", "see the formats in the README")
     write_manifest(output or sys.stdout, rows)
-    for line in found.notes():
+    for line in found.left_out.lines():
         console.trouble(line)
+    console.trouble(f"{len(rows)} slide{'s' if len(rows) != 1 else ''}{f' in {output}' if output else ''}")
 
 
 @app.command()
@@ -314,6 +313,12 @@ def main(arguments: list[str] | None = None) -> Any:
         # The reader of our output is gone (`| head`): that is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
+    except Exception as error:
+        if os.environ.get("WSI_IDC_DEBUG"):
+            raise
+        advice = "a defect: please report it, with what WSI_IDC_DEBUG=1 prints"
+        _current.error(WsiIdcError("", f"{type(error).__name__}: {error}", advice))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ class ProgressFactory:
         self._bar: Progress | None = None
 
     def __call__(self, slides: Sequence[str]) -> "Listener":
+        """The listener for the slides that will be run."""
         if slides and sys.stderr.isatty() and not self._console.json_lines and self._console.verbosity >= 0:
             self._bar = _make_bar()
             self._bar.start()
@@ -173,14 +174,19 @@ class SlideListener:
         self._console.record(
             outcome.status, slide=job_id, tiles=outcome.tiles, reason=outcome.reason, warnings=list(outcome.warnings)
         )
-        output = self._bar.console.print if self._bar else self._console.trouble
         for warning in outcome.warnings:
-            output(f"warning {job_id}: {warning}", **({"markup": False, "highlight": False} if self._bar else {}))
+            self._trouble(f"warning {job_id}: {warning}")
         if outcome.status == "failed":
-            text = f"failed {job_id}: {outcome.reason}"
-            output(text, **({"markup": False, "highlight": False, "soft_wrap": True} if self._bar else {}))
+            self._trouble(f"failed {job_id}: {outcome.reason}")
         elif self._bar is None:
             self._console.line(f"done {job_id}: {outcome.tiles:,} tiles ({self._ended} of {self._slides} slides)")
+
+    def _trouble(self, line: str) -> None:
+        """A line above the bar, or plain."""
+        if self._bar is None:
+            self._console.trouble(line)
+        else:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _draw(self) -> None:
         if self._bar is None or self._task is None:

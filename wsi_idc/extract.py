@@ -231,13 +231,20 @@ class ExtractJob:
         node = self._node
         node.begin()
         for name, values in arrays.items():
-            node.put(name, values)
-        node.put("thumbnail", thumbnail)
-        node.put("tissue_mask", mask)
+            node.put(name, values, ("tile", "axis")[: values.ndim])
+        node.put("thumbnail", thumbnail, ("y", "x", "c"))
+        node.put("tissue_mask", mask, ("y", "x"))
         count, chunk, shard = len(cells), tiles_per_chunk(spec.size_px), tiles_per_shard(spec.size_px)
         if self.settings.pixels:
             side = spec.size_px
-            node.create("tiles", (count, side, side, 3), np.uint8, (chunk, side, side, 3), (shard, side, side, 3))
+            node.create(
+                "tiles",
+                (count, side, side, 3),
+                np.uint8,
+                axes=("tile", "y", "x", "c"),
+                chunks=(chunk, side, side, 3),
+                shards=(shard, side, side, 3),
+            )
         step = count if self.workers.processes <= 1 else shard * SHARDS_PER_BLOCK
         blocks = [Block(start, min(start + step, count)) for start in range(0, count, step)] if count else []
         info = {
@@ -305,7 +312,8 @@ class ExtractJob:
         node = self._node
         unknown = np.full(0 if self.settings.pixels else prepared.tiles, np.nan, np.float32)
         for name in ("blur", "pen"):
-            node.put(name, np.concatenate([unknown, *(result[name] for result in results)]).astype(np.float32))
+            values = np.concatenate([unknown, *(result[name] for result in results)]).astype(np.float32)
+            node.put(name, values, ("tile",))
         checksums = {**info["checksums"], "tiles": digest([result["checksum"] for result in results])}
         pixels = checksums["tiles"] if self.settings.pixels else info["made_from"]["source"]
         complete = {

@@ -70,7 +70,8 @@ class Grid:
     def position(self, cells: NDArray[np.integer]) -> NDArray[np.int32]:
         """Level-0 x, y of each cell's top-left pixel: int32 (n, 2), from cells (n, 2) of row, column."""
         ideal = cells[:, ::-1] * np.asarray(self.step)
-        return np.floor(ideal + 0.5).astype(np.int32)
+        whole: NDArray[np.int32] = np.floor(ideal + 0.5).astype(np.int32)
+        return whole
 
 
 def _count(length: int, step: float, extent: float, last: str) -> int:

@@ -245,8 +245,8 @@ class InferJob:
         image[cells[:, 0], cells[:, 1]] = probability
         node = self._node
         node.begin()
-        node.put("probability", probability)
-        node.put("0", image)
+        node.put("probability", probability, ("tile",))
+        node.put("0", image, ("y", "x"))
         threshold = bundle.fields.threshold
         complete = {
             "tiles": prepared.tiles,

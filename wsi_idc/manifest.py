@@ -21,7 +21,7 @@ SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "slide_id", "patient_id", "mpp", "annotation", "mask", "split", "label")
 """The columns that mean something; all others are metadata."""
 
-_MAX_ID_BYTES = 128
+MAX_ID_BYTES = 128
 _MAX_FILE_BYTES = 256 * 1024 * 1024
 _NOT_IN_NAMES = frozenset('<>:"|?*/\\')
 _ALIASES = frozenset({"file", "filename", "filepath", "slide", "slide_path", "image", "image_path", "wsi"})
@@ -101,8 +101,8 @@ def check_slide_id(text: str) -> str | None:
         return "is empty"
     if text in (".", "..", "zarr.json") or text.casefold() == "zarr.json":
         return f"{text!r} is a reserved name"
-    if len(text.encode("utf-8", "surrogatepass")) > _MAX_ID_BYTES:
-        return f"is longer than {_MAX_ID_BYTES} bytes"
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_ID_BYTES:
+        return f"is longer than {MAX_ID_BYTES} bytes"
     if text.startswith((".", "__")) or text != text.strip() or text.endswith("."):
         return "starts with a dot, a space or '__', or ends with a dot or a space"
     if bad := sorted({character for character in text if character in _NOT_IN_NAMES}):

@@ -155,8 +155,11 @@ def _rectangles(grid: Grid, source: Source, slide: Slide, cells: NDArray[np.inte
         return [_Rectangle(x, y, size, size, None) for x, y in whole.tolist()]
     extent = np.asarray(source.scale) * size
     margin = np.ceil(np.maximum(source.scale, 1.0)).astype(np.int64) * MARGIN
-    first = np.floor(corner).astype(np.int64) - margin
-    last = np.ceil(corner + extent).astype(np.int64) + margin
+    first = np.floor(corner).astype(np.int64)
+    last = np.ceil(corner + extent).astype(np.int64)
+    # The margin ends at the slide's edge: background must not bleed into a tile that lies inside.
+    limit = np.maximum(slide.levels[source.level].size, last)
+    first, last = np.maximum(first - margin, 0), np.minimum(last + margin, limit)
     offset = corner - first
     boxes = np.concatenate([offset, offset + extent], axis=1)
     return [

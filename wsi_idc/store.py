@@ -14,7 +14,7 @@ kept in the record `failed`, for `status`; it hides an older result, and the nex
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,17 +116,27 @@ class Node:
         zarr.create_group(self.folder, zarr_format=3)
 
     def create(
-        self, name: str, shape: tuple[int, ...], dtype: Any, chunks: tuple[int, ...], shards: tuple[int, ...] | None
-    ) -> None:
-        """Make an empty array, missing values being NaN or 0."""
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: Any,
+        *,
+        axes: Sequence[str],
+        chunks: tuple[int, ...],
+        shards: tuple[int, ...] | None = None,
+    ) -> zarr.Array[Any]:
+        """Make an empty array, missing values being NaN or 0, its axes named."""
         fill = float("nan") if np.issubdtype(np.dtype(dtype), np.floating) else 0
-        self.group.create_array(name, shape=shape, dtype=dtype, chunks=chunks, shards=shards, fill_value=fill)
+        return self.group.create_array(
+            name, shape=shape, dtype=dtype, chunks=chunks, shards=shards, fill_value=fill, dimension_names=axes
+        )
 
-    def put(self, name: str, values: NDArray[Any], chunks: tuple[int, ...] | None = None) -> None:
-        """Make an array that is written at once, as one chunk unless told otherwise."""
-        self.create(name, values.shape, values.dtype, chunks or tuple(max(1, side) for side in values.shape), None)
+    def put(self, name: str, values: NDArray[Any], axes: Sequence[str]) -> None:
+        """Make an array that is written at once, as one chunk."""
+        chunks = tuple(max(1, side) for side in values.shape)
+        array = self.create(name, values.shape, values.dtype, axes=axes, chunks=chunks)
         if values.size:
-            self.group[name][...] = values  # type: ignore[index]
+            array[...] = values
 
     def array(self, name: str) -> zarr.Array[Any]:
         """An array of the group."""
@@ -146,9 +156,7 @@ class Node:
     def fail(self, reason: str) -> None:
         """Keep why the last attempt failed; an older result is kept beside it, out of readers' sight."""
         kept = self.record().attributes
-        if not kept:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            zarr.create_group(self.folder, zarr_format=3)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.__dict__.pop("group", None)
         self.group.attrs.put({**kept, "failed": reason})
 

@@ -77,7 +77,8 @@ def _default_mask(rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.bool_]:
     wall = pink - cv2.morphologyEx(pink, cv2.MORPH_OPEN, _disc(64.0 / mpp))
     weak = (wall > 0.003) & (pink > 0.002) & (pink > 0.2 * g) & (b < 1.1 * g + 0.002)
     weak &= _density(weak, 150.0 / mpp) > 0.15
-    ink = _ink(od, mpp)
+    red_ink, other_ink = _ink(od, mpp)
+    ink = red_ink | other_ink
     # Blurring must not spread tissue onto glass.
     mask = (strong | weak) & ~ink & (sharp[..., 1] > np.maximum(0.004, 0.5 * g))
     mask = _remove_small(mask, 1500.0 / mpp**2)
@@ -86,7 +87,7 @@ def _default_mask(rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.bool_]:
     # A pixel half on glass is no tissue: at 16 um/px it would add 4 % of an empty 200-um tile on each side.
     edge = mask & (cv2.erode(mask.astype(np.uint8), np.ones((3, 3), dtype=np.uint8)) == 0)
     mask &= ~(edge & (sharp[..., 1] < 0.5 * cv2.dilate(g, np.ones((3, 3), dtype=np.uint8))))
-    return _remove_doubtful(mask, strong, od, mpp)
+    return _remove_doubtful(mask, strong, red_ink, od, mpp)
 
 
 def _fill_holes(mask: NDArray[np.bool_], textured: NDArray[np.bool_], mpp: float) -> NDArray[np.bool_]:
@@ -101,42 +102,56 @@ def _fill_holes(mask: NDArray[np.bool_], textured: NDArray[np.bool_], mpp: float
     return np.asarray(mask | fill[labels], dtype=np.bool_)
 
 
-def _ink(od: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
-    """Pen strokes and the blur around them: dense areas of an ink's colour that have a core of undoubted ink."""
+def _ink(od: NDArray[np.float32], mpp: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Strokes of a red pen, and of others, with the blur around them: bool (h, w) each.
+
+    A stroke is a dense area of an ink's colour that has a core of undoubted ink.
+    """
     import cv2
 
     r, g, b = od[..., 0], od[..., 1], od[..., 2]
     red, other = _pen(od)
-    ink = np.zeros(red.shape, dtype=np.bool_)
-    sure_red = (g > 0.3) & (r < 0.13 * g) & (b > 0.68 * g)
-    for pen, sure, least in ((red, sure_red, 10_000.0), (other, other, 5_000.0)):
+    sure_red = red & (g > 0.4) & (r < 0.13 * g) & (b > 0.68 * g)
+
+    def strokes(pen: NDArray[np.bool_], sure: NDArray[np.bool_], least: float) -> NDArray[np.bool_]:
         dense = pen & (_density(pen, 150.0 / mpp) > 0.2)
         near = cv2.dilate(dense.astype(np.uint8), _disc(64.0 / mpp))  # joins the streaks of a dry pen
         count, labels = cv2.connectedComponents(near, connectivity=8)
-        # Red cells in a vessel have the colour of a red pen, but are few.
-        keep = np.bincount(labels[dense & sure], minlength=count) * mpp**2 >= least
+        core = np.bincount(labels[dense & sure], minlength=count) * mpp**2
+        keep = core >= least
         keep[0] = False
-        ink |= keep[labels]
-    return ink
+        return np.asarray(keep[labels], dtype=np.bool_)
+
+    # Muscle and blood can have the colour of a red pen, in small areas: only beside a long stroke are small ones ink.
+    least_red = 1_500.0 if sure_red.sum() * mpp**2 > 400_000.0 else 100_000.0
+    return strokes(red, sure_red, least_red), strokes(other, other, 5_000.0)
 
 
 def _remove_doubtful(
-    mask: NDArray[np.bool_], strong: NDArray[np.bool_], od: NDArray[np.float32], mpp: float
+    mask: NDArray[np.bool_], strong: NDArray[np.bool_], red_ink: NDArray[np.bool_], od: NDArray[np.float32], mpp: float
 ) -> NDArray[np.bool_]:
-    """The mask without pieces that are too small, hardly stained, mostly grey, or red as a pen."""
+    """The mask without pieces that are too small, hardly stained, mostly grey, in grey surroundings, or a pen's."""
     import cv2
 
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    area = stats[:, cv2.CC_STAT_AREA]
-    flat = labels.ravel()
 
-    def total(values: NDArray[Any]) -> NDArray[np.float64]:
-        return np.bincount(flat, weights=values.ravel(), minlength=count)
+    def total(values: NDArray[Any], where: NDArray[np.int32] = labels) -> NDArray[np.float64]:
+        sums = np.bincount(where.ravel(), weights=values.ravel(), minlength=count)
+        return np.asarray(sums, dtype=np.float64)
 
+    pixels = stats[:, cv2.CC_STAT_AREA]
+    area = pixels * mpp**2
     r, g, b = (total(od[..., channel]) for channel in range(3))
     stain = total(od[..., 1] - np.minimum(od[..., 0], od[..., 2]))
-    keep = (area * mpp**2 >= 8000.0) & (total(strong) >= 0.02 * area) & (stain > 0.2 * g)
-    keep &= ~((b > 0.66 * g) & (r < 0.22 * g) & (area * mpp**2 < 500_000.0))
+    keep = (area >= 8_000.0) & (total(strong) >= 0.02 * pixels) & (stain > 0.2 * g)
+
+    # The coloured fringes of a coverslip's edge or a smear are hardly darker than the grey around them.
+    grown = cv2.dilate(labels.astype(np.float32), np.ones((5, 5), dtype=np.uint8)).astype(np.int32)
+    ring = np.where(mask, 0, grown)
+    around = total(od[..., 1], ring) / np.maximum(np.bincount(ring.ravel(), minlength=count), 1)
+    keep &= (area > 300_000.0) | (g > 1.4 * around * pixels)
+    if red_ink.any():  # the pale ends of its strokes
+        keep &= (area > 300_000.0) | (b < 0.61 * g) | (r > 0.32 * g)
     keep[0] = False
     return np.asarray(keep[labels], dtype=np.bool_)
 
@@ -195,13 +210,15 @@ def _optical_density(rgb: NDArray[np.uint8], glass: NDArray[np.float64]) -> NDAr
 
 
 def _pen(od: NDArray[np.float32]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which pixels have the colour of a red pen, and of a black, blue or green one: bool, od's shape but for RGB."""
-    r, g, b = od[..., 0], od[..., 1], od[..., 2]
+    """Which pixels have the colour of a red pen, and of a black, blue or green one: bool (h, w), from od (h, w, 3)."""
+    import cv2
+
+    r, g, b = cv2.split(od)
     mean = (r + g + b) / 3
     black = (mean > 0.7) & (g - np.minimum(r, b) < 0.25 * mean)
-    cold = r - g > 0.03 + 0.15 * r  # haematoxylin absorbs green as much as red
+    cold = 0.85 * r - g > 0.03  # haematoxylin absorbs green as much as red
     red = (g > 0.06) & (b > 0.66 * g) & (b < 1.1 * g) & (r < 0.18 * g)  # eosin lets more blue through
-    return red, black | cold
+    return np.asarray(red, dtype=np.bool_), np.asarray(black | cold, dtype=np.bool_)
 
 
 def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
@@ -226,7 +243,7 @@ def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
         raise AnnotationError(path, f"mask cannot be read ({error})", "give a PNG or TIFF picture") from error
     if pixels.ndim == 3:
         opaque = pixels[..., 3] > 0 if pixels.shape[2] == 4 else True
-        pixels = pixels[..., :3].any(axis=2) & opaque
+        pixels = np.asarray(pixels[..., :3].any(axis=2) & opaque)
     (h, w), (mask_h, mask_w) = shape, pixels.shape
     # Both shapes are rounded to whole pixels: half a pixel a side is no fault of the picture's.
     slack = 0.02 + 0.5 / h + 0.5 / w + 0.5 / mask_h + 0.5 / mask_w
@@ -273,7 +290,7 @@ def tile_fraction(mask: NDArray[np.bool_], grid: Grid, cells: NDArray[np.integer
     extent = np.asarray(grid.extent) * scale
     (x0, y0), (x1, y1) = start.T, (start + extent).T
     covered = area(x1, y1) - area(x0, y1) - area(x1, y0) + area(x0, y0)
-    return np.clip(covered / extent.prod(), 0.0, 1.0).astype(np.float32)
+    return np.asarray(np.clip(covered / extent.prod(), 0.0, 1.0), dtype=np.float32)
 
 
 def tile_quality(tiles: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -291,7 +308,7 @@ def tile_quality(tiles: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray
 
     count, side = tiles.shape[:2]
     blur, pen = np.zeros(count, dtype=np.float32), np.zeros(count, dtype=np.float32)
-    block = max(1, 4_000_000 // max(1, side * side))
+    block = max(1, 200_000 // max(1, side * side))  # what a core's cache holds
     for first in range(0, count, block):
         part = np.ascontiguousarray(tiles[first : first + block])
         stack = part.reshape(-1, side, 3)  # one tall picture: one call instead of one a tile

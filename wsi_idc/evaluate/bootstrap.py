@@ -110,26 +110,30 @@ def ranking_figures(
         Two float64 (resamples,); NaN where a resample holds one class only.
     """
     order = np.argsort(-probability, kind="stable")
-    descending = probability[order]
-    ends = np.append(np.flatnonzero(np.diff(descending)), len(order) - 1)
-    untied = len(ends) == len(order)
-    owner, positive = owner[order], truth[order].astype(np.int64)
+    descending, positive = probability[order], truth[order]
+    first = np.flatnonzero(np.concatenate([[True], np.diff(descending) != 0]))
+    tie = np.repeat(np.arange(len(first)), np.diff(first, append=len(order)))
+    # Only ties that hold a positive tile count: where they start and end, and which positives are theirs.
+    held, begin = np.unique(tie[positive], return_index=True)
+    start, end = first[held], np.append(first, len(order))[held + 1]
+    owner_all, owner_positive = owner[order], owner[order][positive]
+    above = np.zeros(len(order) + 1, np.int64)
     auc, precision = np.full(len(weights), np.nan), np.full(len(weights), np.nan)
-    for index, row in enumerate(np.ascontiguousarray(weights)):
-        weight = row[owner]
-        above = np.cumsum(weight)
-        hits = np.cumsum(weight * positive)
-        if not untied:
-            above, hits = above[ends], hits[ends]
-        n_positive, n_negative = int(hits[-1]), int(above[-1] - hits[-1])
+    for index, row in enumerate(weights):
+        np.cumsum(row[owner_all], out=above[1:])
+        hits = row[owner_positive]
+        if len(held) < len(hits):
+            hits = np.add.reduceat(hits, begin)
+        so_far = np.cumsum(hits)
+        n_positive = int(so_far[-1]) if len(held) else 0
+        n_negative = int(above[-1]) - n_positive
         if not n_positive or not n_negative:
             continue
-        misses = above - hits
-        step = np.diff(hits, prepend=0)
-        # A positive beats the negatives that come after it, and half of those in its own tie.
-        beaten = 2 * n_negative - misses - np.append(0, misses[:-1])
-        auc[index] = int(step @ beaten) / (2 * n_positive * n_negative)
-        precision[index] = step @ (hits / np.maximum(above, 1)) / n_positive
+        reached = above[end]
+        # A positive beats the negatives that come after its tie, and half of those in it. Twice that, in whole numbers:
+        beaten = 2 * n_negative - (reached - so_far) - (above[start] - (so_far - hits))
+        auc[index] = int(np.sum(hits * beaten)) / (2 * n_positive * n_negative)
+        precision[index] = np.sum(hits * so_far / np.maximum(reached, 1)) / n_positive
     return auc, precision
 
 

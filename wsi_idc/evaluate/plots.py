@@ -39,7 +39,7 @@ def draw_all(results: Results, notes: Sequence[str] = ()) -> dict[str, Canvas]:
         "reliability": draw_reliability,
         "per_patient": draw_per_patient,
     }
-    return {name: draw(results, footer) for name, draw in drawers.items()}
+    return {name: _laid_out(draw(results, footer)) for name, draw in drawers.items()}
 
 
 def render(figure: Canvas, kind: Literal["png", "svg"]) -> bytes:
@@ -238,6 +238,13 @@ def interval(figure: Figure, signed: Literal["signed", "unsigned"] = "unsigned")
     if np.isnan(figure.low):
         return f"{figure.value:{sign}.3f} (no interval)"
     return f"{figure.value:{sign}.3f} ({figure.low:{sign}.3f} to {figure.high:{sign}.3f})"
+
+
+def _laid_out(figure: Canvas) -> Canvas:
+    """The plot with its panels in place for good: each further draw would move them by a hair."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
 
 
 def _say(axes: Axes, words: str) -> None:

@@ -5,7 +5,6 @@ written, each is written beside its place and renamed, and `report.html` comes l
 and a page never stands beside figures that are older than it.
 """
 
-import base64
 import csv
 import io
 import json
@@ -13,7 +12,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,9 @@ import wsi_idc
 from wsi_idc.errors import UsageError
 from wsi_idc.evaluate.bootstrap import CALIBRATION_BINS
 from wsi_idc.evaluate.metrics import FIGURES, RESAMPLES, Evaluation, GroupRow, Results, evaluate
+from wsi_idc.evaluate.page import html_page, plain, share
 from wsi_idc.evaluate.plots import RESEARCH_USE, draw_all, interval, render
 from wsi_idc.evaluate.predictions import Predictions
-
-SHOWN_ROWS = 500
-"""Rows of patients or slides that the page shows for one model; the CSV files hold all of them."""
-
-PLOT_WORDS = {
-    "roc": "ROC curves",
-    "precision_recall": "Precision-recall curves",
-    "reliability": "Reliability: part that is IDC against P(IDC)",
-    "per_patient": "ROC AUC and balanced accuracy of each patient",
-}
 
 
 def write_report(
@@ -69,7 +58,7 @@ def write_report(
     for name, plot in plots.items():
         contents[f"{name}.png"], contents[f"{name}.svg"] = render(plot, "png"), render(plot, "svg")
     sizes = {name: [round(100 * side) for side in plot.get_size_inches()] for name, plot in plots.items()}
-    contents["report.html"] = _page(results, said, facts, contents, sizes).encode()
+    contents["report.html"] = html_page(results, said, facts, contents, sizes).encode()
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
@@ -100,7 +89,7 @@ def difference_rows(results: Results) -> list[dict[str, str]]:
             "Figure": FIGURES[row.figure],
             "Models": f"{row.a} - {row.b}",
             "Difference": interval(row.value, "signed"),
-            "At or below 0": "n/a" if math.isnan(row.at_or_below_zero) else f"{row.at_or_below_zero:.2%}",
+            "At or below 0": share(row.at_or_below_zero),
             "Favours": row.favours or "neither",
         }
         for row in results.differences
@@ -109,7 +98,7 @@ def difference_rows(results: Results) -> list[dict[str, str]]:
 
 def as_json(results: Results, notes: Sequence[str] = (), context: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything but the plots and the per-slide rows, as plain JSON types; an undefined figure is null."""
-    plain: dict[str, Any] = _plain(
+    whole: dict[str, Any] = plain(
         {
             "format": "wsi-idc-evaluation/1",
             "version": wsi_idc.__version__,
@@ -131,7 +120,7 @@ def as_json(results: Results, notes: Sequence[str] = (), context: Mapping[str, A
             ],
         }
     )
-    return plain
+    return whole
 
 
 def _model_json(evaluation: Evaluation) -> dict[str, Any]:
@@ -148,19 +137,6 @@ def _model_json(evaluation: Evaluation) -> dict[str, Any]:
         "confusion": asdict(evaluation.confusion),
         "figures": {name: asdict(figure) for name, figure in evaluation.figures.items()},
     }
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: NaN and infinities null, NumPy's scalars and arrays unpacked, anything else in words."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def _tables(results: Results, notes: Sequence[str]) -> dict[str, str]:
@@ -186,7 +162,7 @@ def _tables(results: Results, notes: Sequence[str]) -> dict[str, str]:
         | {"at_or_below_zero": row.at_or_below_zero, "favours": row.favours, "note": said}
         for row in results.differences
     ]
-    heads = "model minus figure value low high at_or_below_zero favours note".split()
+    heads = ["model", "minus", "figure", "value", "low", "high", "at_or_below_zero", "favours", "note"]
     texts = {f"{name}.csv": _csv(rows[0], rows) for name, rows in tables.items()}
     return texts | {"differences.csv": _csv(heads, differences)}
 
@@ -204,98 +180,6 @@ def _csv(heads: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
     for row in rows:
         writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
     return stream.getvalue()
-
-
-def _page(
-    results: Results,
-    notes: Sequence[str],
-    context: Mapping[str, Any],
-    contents: Mapping[str, bytes],
-    sizes: Mapping[str, Sequence[int]],
-) -> str:
-    """The page, its plots inside it."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(files("wsi_idc.evaluate").joinpath("report.html.j2").read_text("utf-8"))
-    first = results.evaluations[0].predictions
-    names = ", ".join(e.predictions.model for e in results.evaluations)
-    return template.render(
-        research_use=RESEARCH_USE,
-        notes=[*notes, *results.notes()],
-        tiles=len(first),
-        positive=int(first.truth.sum()),
-        slides=first.n_slides,
-        patients=first.n_patients,
-        resamples=results.resamples,
-        seed=results.seed,
-        models=[
-            {"model": e.predictions.model, "title": e.predictions.title}
-            | {"threshold": e.predictions.threshold, "cells": e.confusion}
-            for e in results.evaluations
-        ],
-        figures=[
-            {"name": words, "cells": [_value_range(interval(e.figures[name])) for e in results.evaluations]}
-            for name, words in FIGURES.items()
-        ],
-        differences=[
-            {"name": row["Figure"], "pair": row["Models"], "share": row["At or below 0"], "favours": row["Favours"]}
-            | dict(zip(("value", "range"), _value_range(row["Difference"]), strict=True))
-            for row in difference_rows(results)
-        ],
-        plots=[
-            {"alt": f"{words}: {names}", "width": sizes[name][0], "height": sizes[name][1]}
-            | {"data": base64.b64encode(contents[f"{name}.png"]).decode()}
-            for name, words in PLOT_WORDS.items()
-        ],
-        groups=[group for evaluation in results.evaluations for group in _groups(evaluation)],
-        context=[(name, _words(value)) for name, value in context.items()],
-    )
-
-
-def _value_range(words: str) -> tuple[str, str]:
-    """A figure in words, cut into its value and its interval."""
-    value, _, rest = words.partition(" ")
-    return value, rest
-
-
-def _groups(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The page's tables of patients, and of slides where a patient has several."""
-    data = evaluation.predictions
-    shown = {"roc_auc": "ROC AUC", "f1": "F1", "balanced_accuracy": "Bal. accuracy", "recall": "Recall"}
-    shown |= {"specificity": "Specificity", "brier": "Brier"}
-    kinds = [("patients", evaluation.per_patient, "per_patient.csv")]
-    if data.n_slides != data.n_patients:
-        kinds.append(("slides", evaluation.per_slide, "per_slide.csv"))
-    groups = []
-    for kind, rows, file in kinds:
-        worst = sorted(rows, key=lambda row: -row.figures["brier"])[:SHOWN_ROWS]
-        ids = ["Patient"] if kind == "patients" else ["Slide", "Patient"]
-        groups.append(
-            {
-                "heading": f"{data.model}: {len(rows):,} {kind}",
-                "left_out": len(rows) - len(worst),
-                "file": file,
-                "heads": [*ids, "Tiles", "IDC", "Mean P(IDC)", *shown.values()],
-                "rows": [
-                    [row.patient] * (kind == "patients")
-                    + [row.slide, row.patient] * (kind == "slides")
-                    + [f"{row.tiles:,}", f"{row.positive:,}", _number(row.mean_probability)]
-                    + [_number(row.figures[name]) for name in shown]
-                    for row in worst
-                ],
-            }
-        )
-    return groups
-
-
-def _number(value: float) -> str:
-    return "n/a" if math.isnan(value) else f"{value:.3f}"
-
-
-def _words(value: Any) -> str:
-    plain = _plain(value)
-    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
 
 
 def _put(path: Path, content: bytes) -> None:

@@ -87,8 +87,7 @@ class TorchRuntime:
             )
         self._torch = torch
         self._device = torch.device(device)
-        network = load_network(bundle.fields.network, bundle.weights)
-        self._network = network.eval().to(self._device, memory_format=torch.channels_last)
+        self._network = load_network(bundle.fields.network, bundle.weights).eval().to(self._device)
 
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `Runtime.predict`; half precision inside on CUDA."""

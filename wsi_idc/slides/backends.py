@@ -1,13 +1,14 @@
 """What each kind of slide file is read with: one small class a reader, all giving stored pixels of one level.
 
-OpenSlide's formats go through tiatoolbox's OpenSlide reader, others through tiatoolbox's TIFF, DICOM, JPEG 2000 and
-virtual readers, OME-NGFF through zarr (tiatoolbox reads version 0.4 alone, and only with display settings in it).
-Readers are asked for whole pixels of a stored level; tiatoolbox's own resampling is left out, so that every format is
-resampled by the one mechanism of `reader.py`.
+OpenSlide first, in the binding that tiatoolbox itself stands on: tiatoolbox's reader would add nothing to it here but
+eight seconds of import in every process. Then tiatoolbox's TIFF, DICOM and JPEG 2000 readers; OME-NGFF through zarr
+(tiatoolbox reads version 0.4 alone, and only with display settings in it), and pictures through Pillow (tiatoolbox's
+virtual reader would hold the same array). Readers are asked for whole pixels of a stored level; their own resampling
+is left out, so that every format is resampled by the one mechanism of `reader.py`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,8 +106,14 @@ class OpenSlideBackend:
     """Aperio, Hamamatsu, Leica, MIRAX, Philips, Ventana, Zeiss, DICOM, generic tiled TIFF: what OpenSlide reads."""
 
     def __init__(self, path: Path) -> None:
-        self._open: Callable[[], Any] = lambda: _quietly(_toolbox().OpenSlideWSIReader, path).openslide_wsi
+        import openslide
+
+        self._open: Callable[[], Any] = lambda: openslide.OpenSlide(path)
         self._handle = self._open()
+        if "<OME " in self._handle.properties.get("openslide.comment", ""):
+            # OpenSlide takes it for a generic TIFF: without its um/px, and without levels kept in sub-IFDs.
+            self._handle.close()
+            raise ValueError("OME-TIFF")
         self.description = self._describe()
 
     def _describe(self) -> Description:
@@ -179,7 +186,9 @@ class TiffBackend:
         blocks = [(int(page.tilewidth), int(page.tilelength))] * len(sizes) if page.is_tiled else None
         info = _quietly(lambda: self._reader.info)
         ome = bool(self._reader.tiff.is_ome)
-        mpp = self._resolution(page) if not ome else (tuple(map(float, info.mpp)) if info.mpp is not None else None)
+        mpp = self._resolution(page)
+        if ome:
+            mpp = None if info.mpp is None else (float(info.mpp[0]), float(info.mpp[1]))
         self.description = Description(
             format="OME-TIFF" if ome else f"TIFF ({compression})",
             reader="tiatoolbox TIFF",
@@ -241,15 +250,14 @@ class ArrayBackend:
 
     arrays: list[Any]
     description: Description
-    channel_axis: int = -1
-    prefix: tuple[int, ...] = field(default=())
+    axes: Sequence[str] = "yxc"
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-        """See `Backend.read`."""
-        rows, columns = slice(y, y + height), slice(x, x + width)
-        where = (slice(None), rows, columns) if self.channel_axis == 0 else (rows, columns, slice(None))
-        pixels = np.asarray(self.arrays[level][(*self.prefix, *where)])
-        return np.moveaxis(pixels, 0, -1) if self.channel_axis == 0 else pixels
+        """See `Backend.read`; the first of every other axis, such as t and z."""
+        part = {"x": slice(x, x + width), "y": slice(y, y + height), "c": slice(None)}
+        pixels = np.asarray(self.arrays[level][tuple(part.get(name, 0) for name in self.axes)])
+        left = [name for name in self.axes if name in part]
+        return pixels.transpose([left.index(name) for name in "yxc"])
 
     def close(self) -> None:
         """Let go of the arrays."""
@@ -273,7 +281,7 @@ def open_jp2(path: Path) -> ArrayBackend:
 
 
 def open_picture(path: Path) -> ArrayBackend:
-    """A PNG, JPEG or plain TIFF picture, by tiatoolbox's virtual reader. It has no um/px of its own.
+    """A PNG, JPEG or plain TIFF picture, held in memory. It has no um/px of its own.
 
     Raises:
         SlideError: it has more than `MAX_PICTURE_PIXELS`.
@@ -283,14 +291,9 @@ def open_picture(path: Path) -> ArrayBackend:
     Image.MAX_IMAGE_PIXELS = None  # the check below is ours, before anything is decoded
     with Image.open(path) as picture:
         _check_picture(path, *picture.size)
-        # Transparency is kept: tiatoolbox's own picture loader drops it, and hidden pixels are anything.
         pixels = np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
         kind = picture.format or path.suffix.lstrip(".").upper()
-    reader = _quietly(_toolbox().VirtualWSIReader, pixels)
-    return ArrayBackend(
-        [reader.img],
-        Description(kind, "tiatoolbox virtual", _make_levels([(pixels.shape[1], pixels.shape[0])])),
-    )
+    return ArrayBackend([pixels], Description(kind, "Pillow", _make_levels([(pixels.shape[1], pixels.shape[0])])))
 
 
 def open_ngff(path: Path) -> ArrayBackend:
@@ -301,9 +304,9 @@ def open_ngff(path: Path) -> ArrayBackend:
     """
     import zarr
 
-    group = zarr.open_group(path, mode="r")
+    group: Any = zarr.open_group(path, mode="r")
     attributes = dict(group.attrs)
-    multiscales = dict(attributes.get("ome", attributes)).get("multiscales")  # type: ignore[call-overload]
+    multiscales = attributes.get("ome", attributes).get("multiscales")
     if not multiscales:
         raise SlideError(path, "a Zarr group without OME-NGFF multiscales", "give the group that holds the image")
     image = multiscales[0]
@@ -319,11 +322,8 @@ def open_ngff(path: Path) -> ArrayBackend:
     mpp = _ngff_resolution(image, x, y)
     return ArrayBackend(
         arrays,
-        Description(
-            "OME-NGFF", "zarr", _make_levels(sizes, blocks), mpp, "OME-NGFF scale" if mpp else "", background=WHITE
-        ),
-        channel_axis=0 if c < min(x, y) else -1,
-        prefix=(0,) * (len(axes) - 3),
+        Description("OME-NGFF", "zarr", _make_levels(sizes, blocks), mpp, "OME-NGFF scale" if mpp else ""),
+        axes,
     )
 
 

@@ -1,0 +1,162 @@
+"""Slides, bundles and stores made on the spot, with pixels that are known."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real data; tests that need it skip without it."""
+    place = Path(os.environ.get("WSI_IDC_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not place.is_dir():
+        pytest.skip("the real data is not here: set WSI_IDC_DATA, or put it at ../shared/data")
+    return place
+
+
+@pytest.fixture(scope="session")
+def published_model(shared_data: Path) -> Path:
+    """The published 2016 model's bundle."""
+    place = shared_data.parent / "models" / "janowczyk-2016"
+    if not place.is_dir():
+        pytest.skip("the published model is not beside the real data")
+    return place
+
+
+def texture(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """Tissue-coloured pixels, each different from its neighbours: uint8 (height, width, 3)."""
+    rng = np.random.default_rng(seed)
+    grain = rng.integers(-25, 26, (height, width, 3))
+    return np.clip(np.array((170, 90, 150)) + grain, 0, 255).astype(np.uint8)
+
+
+def write_tiff(path: Path, pixels: np.ndarray, mpp: float | None = 4.0, downs=(1,), **options) -> Path:
+    """A tiled pyramidal BigTIFF, lossless, whose levels are area-averaged by the whole factors `downs`."""
+    with tifffile.TiffWriter(path, bigtiff=True) as out:
+        for down in downs:
+            height, width = (side // down * down for side in pixels.shape[:2])
+            level = pixels[:height, :width].reshape(height // down, down, width // down, down, 3).mean((1, 3))
+            place = {} if mpp is None else {"resolution": (1e4 / (mpp * down),) * 2, "resolutionunit": "CENTIMETER"}
+            settings = {"compression": "adobe_deflate", "tile": (128, 128), **options}
+            out.write(
+                level.round().astype(np.uint8), photometric="rgb", subfiletype=int(down > 1), metadata=None,
+                **place, **settings,
+            )
+    return path
+
+
+def tissue_slide(path: Path, width: int = 500, height: int = 400, margin: int = 100, seed: int = 0, **options) -> Path:
+    """A slide at 4.0 um/px: a rectangle of tissue with `margin` pixels of glass around it."""
+    pixels = np.full((height, width, 3), 244, np.uint8)
+    inner = texture(width - 2 * margin, height - 2 * margin, seed)
+    pixels[margin : height - margin, margin : width - margin] = inner
+    return write_tiff(path, pixels, **options)
+
+
+@pytest.fixture
+def slides(tmp_path: Path) -> Path:
+    """A folder of two good slides and one that breaks on reading, with their manifest; gives the manifest."""
+    tissue_slide(tmp_path / "a.tif", seed=1)
+    tissue_slide(tmp_path / "b.tif", 600, 500, seed=2)
+    damage(tissue_slide(tmp_path / "broken.tif", seed=3))
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("path,patient_id,site\na.tif,p1,north\nb.tif,p2,south\nbroken.tif,p3,north\n")
+    return manifest
+
+
+def damage(path: Path) -> Path:
+    """Overwrite a stored tile of level 0."""
+    with tifffile.TiffFile(path) as tif:
+        offsets = tif.pages[0].dataoffsets
+    with path.open("r+b") as stream:
+        stream.seek(offsets[len(offsets) // 2])
+        stream.write(b"\xff" * 64)
+    return path
+
+
+def write_bundle(folder: Path, size_px: int = 50, mpp: float = 4.0, **fields) -> Path:
+    """A bundle whose probability is the mean of a tile's pixels over 255."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    folder.mkdir(parents=True, exist_ok=True)
+    nodes = [
+        helper.make_node("Cast", ["tiles"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "axes"], ["mean"], keepdims=0),
+        helper.make_node("Div", ["mean", "most"], ["probability"]),
+    ]
+    constants = [
+        numpy_helper.from_array(np.array([1, 2, 3], np.int64), "axes"),
+        numpy_helper.from_array(np.array(255, np.float32), "most"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "mean",
+        [helper.make_tensor_value_info("tiles", TensorProto.UINT8, ["n", size_px, size_px, 3])],
+        [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["n"])],
+        constants,
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), folder / "model.onnx")
+    about = {
+        "format": "wsi-idc-model/1",
+        "name": "mean",
+        "tile": {"size_px": size_px, "mpp": mpp},
+        "graph": {"file": "model.onnx", "input": "tiles", "output": "probability"},
+        **fields,
+    }
+    (folder / "bundle.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """The mean-of-pixels model."""
+    return write_bundle(tmp_path / "bundle")
+
+
+class Recorder:
+    """A listener that remembers; also stands for its factory."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.tiles: dict[str, int] = {}
+        self.outcomes: dict[str, object] = {}
+
+    def __call__(self, slides):
+        self.started = list(slides)
+        return self
+
+    def prepared(self, job_id, tiles):
+        self.tiles[job_id] = tiles
+
+    def advanced(self, job_id, tiles):
+        pass
+
+    def ended(self, job_id, outcome):
+        self.outcomes[job_id] = outcome
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    """A listener that remembers."""
+    return Recorder()
+
+
+@pytest.fixture(scope="session")
+def make():
+    """The makers above, for tests to call."""
+
+    class Makers:
+        texture = staticmethod(texture)
+        write_tiff = staticmethod(write_tiff)
+        tissue_slide = staticmethod(tissue_slide)
+        damage = staticmethod(damage)
+        write_bundle = staticmethod(write_bundle)
+
+    return Makers

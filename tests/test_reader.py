@@ -1,0 +1,171 @@
+"""Tiles are exact, whatever is read with them."""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from wsi_idc import reader
+from wsi_idc.errors import RegionError, SlideError
+from wsi_idc.grid import Grid
+from wsi_idc.reader import check_resolution, choose_source, read_tiles
+from wsi_idc.settings import TileSpec
+from wsi_idc.slides import open_slide
+
+
+def read_all(path, spec, cells=None, mpp=None, **options):
+    def opener():
+        return open_slide(path, mpp)
+
+    with opener() as slide:
+        grid = Grid(spec, slide.size, slide.mpp)
+    cells = grid.cells() if cells is None else cells
+    parts = list(read_tiles(opener, grid, cells, **{"batch": 16, **options}))
+    side = spec.size_px
+    return grid, np.concatenate([np.empty((0, side, side, 3), np.uint8), *parts])
+
+
+def test_at_a_stored_resolution_tiles_are_the_stored_pixels(tmp_path, make):
+    pixels = make.texture(330, 270)
+    grid, tiles = read_all(make.write_tiff(tmp_path / "a.tif", pixels), TileSpec())
+    padded = np.full((300, 350, 3), 255, np.uint8)
+    padded[:270, :330] = pixels
+    for (row, column), tile in zip(grid.cells().tolist(), tiles, strict=True):
+        assert np.array_equal(tile, padded[row * 50 : row * 50 + 50, column * 50 : column * 50 + 50])
+
+
+def test_the_coarsest_level_that_is_fine_enough_is_read(tmp_path, make):
+    path = make.write_tiff(tmp_path / "a.tif", make.texture(2048, 1024), mpp=0.5, downs=(1, 4, 16))
+    with open_slide(path) as slide:
+        for mpp, level, stored in ((0.5, 0, True), (1.0, 0, False), (2.0, 1, True), (4.0, 1, False), (8.0, 2, True)):
+            source = choose_source(slide, Grid(TileSpec(mpp=mpp), slide.size, slide.mpp))
+            assert (source.level, source.stored) == (level, stored)
+
+
+def test_a_level_within_a_percent_counts_as_fine_enough(tmp_path, make):
+    path = make.write_tiff(tmp_path / "a.tif", make.texture(640, 640), mpp=1.009, downs=(1, 4))
+    with open_slide(path) as slide:
+        assert choose_source(slide, Grid(TileSpec(mpp=4.0), slide.size, slide.mpp)).level == 1
+        assert choose_source(slide, Grid(TileSpec(mpp=3.9), slide.size, slide.mpp)).level == 0
+
+
+def test_resampling_is_antialiased(tmp_path, make):
+    """A checkerboard of single pixels averages to grey: taking every fourth pixel would give black or white."""
+    pixels = np.zeros((800, 800, 3), np.uint8)
+    pixels[::2, ::2] = pixels[1::2, 1::2] = 255
+    _, tiles = read_all(make.write_tiff(tmp_path / "a.tif", pixels, mpp=1.0), TileSpec())
+    assert np.abs(tiles.astype(int) - 127.5).max() <= 1
+
+
+def test_resampled_tiles_have_no_seam(tmp_path, make):
+    """Tiles side by side are what resampling the whole slide at once gives."""
+    pixels = make.texture(800, 600, seed=4)
+    grid, tiles = read_all(make.write_tiff(tmp_path / "a.tif", pixels, mpp=1.0), TileSpec())
+    whole = np.asarray(Image.fromarray(pixels).resize((200, 150), Image.Resampling.BILINEAR))
+    rows, columns = grid.shape
+    mosaic = tiles.reshape(rows, columns, 50, 50, 3).swapaxes(1, 2).reshape(rows * 50, columns * 50, 3)
+    assert np.abs(mosaic.astype(int) - whole).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def odd_slide(tmp_path_factory, make):
+    """A slide whose resolution fits nothing evenly, with a second level of an uneven downsample."""
+    folder = tmp_path_factory.mktemp("odd")
+    return make.write_tiff(folder / "odd.tif", make.texture(1500, 1203), mpp=0.737, downs=(1, 4))
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_the_pixels_of_a_tile_do_not_depend_on_what_is_read_with_it(odd_slide, data):
+    spec = TileSpec(size_px=data.draw(st.sampled_from([32, 50])), mpp=data.draw(st.sampled_from([0.737, 1.9, 3.1])))
+    grid, tiles = read_all(odd_slide, spec)
+    order = np.random.default_rng(data.draw(st.integers(0, 99))).permutation(len(grid))
+    order = order[: data.draw(st.integers(1, 20))]
+    _, some = read_all(
+        odd_slide,
+        spec,
+        grid.cells()[order],
+        batch=data.draw(st.integers(1, 40)),
+        threads=data.draw(st.integers(1, 3)),
+    )
+    assert np.array_equal(some, tiles[order])
+
+
+def test_the_size_of_blocks_does_not_show(odd_slide, monkeypatch):
+    _, before = read_all(odd_slide, TileSpec(mpp=1.9))
+    monkeypatch.setattr(reader, "BLOCK", 200)
+    assert np.array_equal(read_all(odd_slide, TileSpec(mpp=1.9))[1], before)
+
+
+def test_each_block_is_decoded_once_and_few_are_held(tmp_path, make, monkeypatch):
+    path = make.write_tiff(tmp_path / "a.tif", make.texture(2000, 2000))
+    monkeypatch.setattr(reader, "BLOCK", 128)
+    reads, lock = [], threading.Lock()
+    with open_slide(path) as probe:
+        cls = type(probe)
+    plain = cls.read
+
+    def counting(self, level, x, y, width, height):
+        with lock:
+            reads.append((level, x, y))
+        return plain(self, level, x, y, width, height)
+
+    monkeypatch.setattr(cls, "read", counting)
+    held = []
+    plain_cut = reader._Blocks.cut
+
+    def watching(self, rectangle):
+        held.append(len(self._held))
+        return plain_cut(self, rectangle)
+
+    monkeypatch.setattr(reader._Blocks, "cut", watching)
+    read_all(path, TileSpec(), threads=2)
+    assert len(reads) == len(set(reads)) == 16 * 16
+    assert max(held) <= 2 * 16 + 2 * 2
+
+
+def test_overlapping_tiles_are_the_same_pixels(tmp_path, make):
+    pixels = make.texture(300, 300)
+    grid, tiles = read_all(make.write_tiff(tmp_path / "a.tif", pixels), TileSpec(stride_px=20, last="drop"))
+    for (row, column), tile in zip(grid.cells().tolist(), tiles, strict=True):
+        assert np.array_equal(tile, pixels[row * 20 : row * 20 + 50, column * 20 : column * 20 + 50])
+
+
+def test_a_broken_region_is_named_by_its_level_0_coordinates(tmp_path, make):
+    path = make.damage(make.write_tiff(tmp_path / "a.tif", make.texture(1024, 1024)))
+    with pytest.raises(RegionError, match=r"region at x \d+, y \d+ \(\d+ x \d+ px of level 0, level 0\)"):
+        read_all(path, TileSpec())
+
+
+def test_other_tiles_of_a_broken_slide_can_still_be_read(tmp_path, make):
+    pixels = make.texture(2048, 2048)
+    path = make.damage(make.write_tiff(tmp_path / "a.tif", pixels))
+    _, tiles = read_all(path, TileSpec(), np.array([[0, 0]]))
+    assert np.array_equal(tiles[0], pixels[:50, :50])
+
+
+def test_a_slide_too_coarse_for_the_tiles_is_refused(tmp_path, make):
+    path = make.write_tiff(tmp_path / "a.tif", make.texture(200, 200), mpp=9.0)
+    with open_slide(path) as slide, pytest.raises(SlideError, match="too coarse"):
+        check_resolution(slide, Grid(TileSpec(), slide.size, slide.mpp))
+
+
+@pytest.mark.parametrize("patient", ["8863", "8867", "14082"])
+def test_tiles_of_the_real_slides_are_the_data_sets_patches(shared_data, tmp_path, patient):
+    import subprocess
+    import sys
+
+    archive = shared_data / "idc" / "patches.zip"
+    maker, unpack = shared_data / "slides" / "make_idc_slide.py", shared_data / "idc" / "unpack.py"
+    subprocess.run([sys.executable, maker, patient, archive, tmp_path], check=True, capture_output=True)
+    subprocess.run([sys.executable, unpack, tmp_path, patient], check=True, capture_output=True)
+    with open_slide(tmp_path / patient) as folder:
+        cells, labels = folder.patches.ready_cells()
+        originals = [np.asarray(Image.open(folder.patches.cells[tuple(cell)].path)) for cell in cells.tolist()]
+    for path in (tmp_path / f"idc-{patient}.tif", tmp_path / patient):
+        _, tiles = read_all(path, TileSpec(), cells)
+        assert np.array_equal(tiles, np.stack(originals))
+    assert 0 < labels.sum() < len(labels)

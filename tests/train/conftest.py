@@ -1,0 +1,65 @@
+"""A small store whose tiles can be learnt, made without slides."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from wsi_idc.settings import TileSpec
+from wsi_idc.store import Store, create_store
+
+SIZE = 16
+Patients = Mapping[str, str]
+"""Patient id to split."""
+MakeStore = Callable[..., Store]
+
+
+def make_tiles(truth: NDArray[np.bool_], generator: np.random.Generator, size: int = SIZE) -> NDArray[np.uint8]:
+    """Noise, bluer where it is IDC, with a colour cast drawn once for all: uint8 (n, size, size, 3) RGB."""
+    base = np.where(truth[:, None], (150, 90, 170), (215, 160, 195)) + generator.normal(0, 12, 3)
+    noise = generator.normal(0, 30, (len(truth), size, size, 3))
+    return np.clip(base[:, None, None, :] + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> MakeStore:
+    """Makes a store of one slide a patient."""
+
+    def make(
+        patients: Patients,
+        *,
+        tiles: int = 24,
+        size: int = SIZE,
+        unknown: int = 0,
+        labels: Sequence[float] = (0.0, 1.0),
+        name: str = "tiles.zarr",
+    ) -> Store:
+        spec = TileSpec(size_px=size, mpp=4.0)
+        store = create_store(tmp_path / name, spec)
+        for number, (patient, split) in enumerate(patients.items()):
+            generator = np.random.default_rng(number)
+            part = np.asarray(labels, np.float32)[np.arange(tiles) % len(labels)]
+            pixels = make_tiles(part >= 0.5, generator, size)
+            part[:unknown] = np.nan
+            node = store.slide_node(f"slide-{patient}")
+            node.begin()
+            node.put("tiles", pixels, ("tile", "y", "x", "c"))
+            node.put("idc", part, ("tile",))
+            node.commit(
+                {
+                    "patient_id": patient,
+                    "split": split,
+                    "tile": spec.content(),
+                    "size": [size * tiles, size],
+                    "mpp": [4.0, 4.0],
+                    "complete": {"tiles": tiles, "identity": f"{patient}-{number}"},
+                }
+            )
+        return store
+
+    return make
+
+
+SPLIT: Patients = {"a": "train", "b": "train", "c": "", "d": "train", "e": "val", "f": "val", "g": "test"}

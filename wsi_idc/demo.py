@@ -1,0 +1,229 @@
+"""Three small slides made on the spot, and the main job run over them.
+
+The texture is the H&E picture that tiatoolbox ships. The model is no model: a graph of a few nodes that takes dark,
+purple tiles for tumour, so that there is a map to look at until a trained model ships.
+"""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_idc.console import USE, Console
+from wsi_idc.errors import UsageError, WsiIdcError
+from wsi_idc.manifest import Row
+from wsi_idc.scan import write_manifest
+from wsi_idc.settings import ExtractSettings, InferSettings
+
+MPP = 2.0
+"""um/px of the demo's slides."""
+SIZE = (3200, 2400)
+"""Level-0 (width, height) in pixels: 6.4 x 4.8 mm."""
+GLASS = (243, 242, 245)
+MODEL = "demo-colour"
+
+
+def run_demo(folder: Path, console: Console) -> None:
+    """Make the slides, extract, infer, print the tables, draw a picture of each map.
+
+    Raises:
+        UsageError: the folder cannot be used.
+        WsiIdcError: the demo did not go as it must.
+    """
+    from wsi_idc.export.pictures import draw_map
+    from wsi_idc.extract import extract
+    from wsi_idc.infer import infer
+    from wsi_idc.model.bundle import read_bundle
+    from wsi_idc.store import open_store
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        console.line(f"making three slides in {folder}")
+        rows = make_slides(folder)
+        write_manifest(folder / "manifest.csv", rows)
+        bundle = folder / "model"
+        make_bundle(bundle)
+    except OSError as error:
+        raise UsageError(folder, f"cannot be written ({error.strerror or error})", "name another folder") from error
+    store = folder / "tiles.zarr"
+    console.line("demo-broken is damaged on purpose: it must fail, and leave the others alone")
+    with console.progress("extract") as listener:
+        extracted = extract(rows, store, ExtractSettings(), listener=listener)
+    console.summary("extract", extracted)
+    console.line(f"scoring with {MODEL}, built on the spot: dark purple counts as tumour. It is not a trained model.")
+    with console.progress("infer") as listener:
+        inferred = infer(store, read_bundle(bundle), InferSettings(), listener=listener)
+    console.summary("infer", inferred)
+    whole = open_store(store)
+    for slide_id in whole.slide_ids():
+        picture = folder / f"{slide_id}.png"
+        draw_map(whole, MODEL, slide_id, picture)
+        console.line(f"drew {picture}")
+    failed = {name for name in whole.all_slide_ids() if whole.slide_node(name).record().failed}
+    if failed != {"demo-broken"} or inferred.failures:
+        raise WsiIdcError("demo", f"another outcome than expected, failed: {sorted(failed | set(inferred.failures))}")
+    console.line(f"as expected: two slides done, demo-broken failed. {USE}")
+
+
+def make_slides(folder: Path) -> list[Row]:
+    """Write the three slides: one with an annotation, one with pen and dust, one broken. Returns their manifest."""
+    rows = []
+    for number, name in enumerate(("demo-annotated", "demo-pen", "demo-broken")):
+        rng = np.random.default_rng(number)
+        tumour, picture = _paint(rng, pen=name == "demo-pen")
+        path = folder.absolute() / f"{name}.tif"
+        _write_pyramid(path, picture)
+        annotation = None
+        if name == "demo-annotated":
+            annotation = path.with_suffix(".geojson")
+            annotation.write_text(json.dumps(_outline(tumour)), encoding="utf-8")
+        elif name == "demo-broken":
+            _damage(path)
+        rows.append(Row(name, path, f"patient-{number + 1}", annotation=annotation))
+    return rows
+
+
+def _smooth(rng: np.random.Generator, sigma: float) -> NDArray[np.float64]:
+    """Smooth noise over the slide at one value per 16 px, falling off to the edges; shape (h / 16, w / 16)."""
+    from scipy import ndimage
+
+    shape = (SIZE[1] // 16, SIZE[0] // 16)
+    noise = np.asarray(ndimage.gaussian_filter(rng.normal(size=shape), sigma), np.float64)
+    y, x = (np.linspace(-1, 1, side) for side in shape)
+    falloff: NDArray[np.float64] = 2.6 * np.maximum(np.abs(y[:, None]), np.abs(x[None, :])) ** 3
+    smooth: NDArray[np.float64] = noise / noise.std() - falloff
+    return smooth
+
+
+def _enlarge(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return mask.repeat(16, axis=0).repeat(16, axis=1)
+
+
+def _paint(rng: np.random.Generator, *, pen: bool) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
+    """A slide's picture: glass, stroma, fat, tumour, and a pen mark. Returns the tumour at one value per 16 px."""
+    from PIL import Image, ImageDraw
+
+    source = Image.open(str(files("tiatoolbox") / "data" / "target_image.png")).convert("RGB").crop((0, 0, 960, 960))
+    small = np.asarray(source.reduce(4))
+    half = np.concatenate([small, small[:, ::-1]], axis=1)
+    tile = np.concatenate([half, half[::-1]])
+    repeats = (-(-SIZE[1] // tile.shape[0]), -(-SIZE[0] // tile.shape[1]), 1)
+    texture = np.tile(tile, repeats)[: SIZE[1], : SIZE[0]]
+
+    tissue = _smooth(rng, 14) > -0.9
+    kind = _smooth(rng, 10)
+    tumour = tissue & (kind > 0.35)
+    fat = tissue & (kind < -1.2)
+    picture = np.empty((SIZE[1], SIZE[0], 3), np.uint8)
+    picture[:] = np.clip(np.asarray(GLASS) + rng.normal(0, 1.5, (SIZE[1], SIZE[0], 1)), 0, 255).astype(np.uint8)
+    stroma = np.clip(0.45 * texture + 0.55 * np.array((228, 170, 198)), 0, 255).astype(np.uint8)
+    for mask, pixels in ((tissue & ~fat, stroma), (tumour, texture)):
+        inside = _enlarge(mask)
+        picture[inside] = pixels[inside]
+    _paint_fat(picture, _enlarge(fat))
+    if pen:
+        image = Image.fromarray(picture)
+        draw = ImageDraw.Draw(image)
+        draw.line([(120, 2200), (700, 2050), (1250, 2260), (1800, 2120)], fill=(28, 52, 160), width=44, joint="curve")
+        for x, y in rng.integers(50, 2300, (40, 2)).tolist():
+            draw.ellipse((x, y, x + 5, y + 5), fill=(120, 118, 116))
+        picture = np.array(image)
+    return tumour, picture
+
+
+def _paint_fat(picture: NDArray[np.uint8], where: NDArray[np.bool_]) -> None:
+    """Fat cells: thin pink walls of a honeycomb with cells of about 80 um, nearly white inside."""
+    y, x = np.ogrid[: where.shape[0], : where.shape[1]]
+    shift = (y // 36 % 2) * 20
+    wall = ((x + shift) % 40 < 3) | (y % 36 < 3)
+    picture[where & ~wall] = (238, 232, 238)
+    picture[where & wall] = (214, 158, 188)
+
+
+def _write_pyramid(path: Path, picture: NDArray[np.uint8]) -> None:
+    """A tiled pyramidal BigTIFF with its um/px, levels 1 and 4."""
+    import tifffile
+    from PIL import Image
+
+    with tifffile.TiffWriter(path, bigtiff=True) as out:
+        for down in (1, 4):
+            level = np.asarray(Image.fromarray(picture).reduce(down))
+            resolution = 1e4 / (MPP * down)
+            out.write(
+                level,
+                tile=(256, 256),
+                photometric="rgb",
+                compression="adobe_deflate",
+                predictor=True,
+                subfiletype=int(down > 1),
+                resolution=(resolution, resolution),
+                resolutionunit="CENTIMETER",
+                metadata=None,
+            )
+
+
+def _outline(tumour: NDArray[np.bool_]) -> dict[str, object]:
+    """The tumour as QuPath exports it: GeoJSON of polygons in level-0 pixels, classified IDC."""
+    from shapely import box, to_geojson, unary_union
+
+    boxes = [box(x * 16, y * 16, x * 16 + 16, y * 16 + 16) for y, x in np.argwhere(tumour).tolist()]
+    properties = {"objectType": "annotation", "classification": {"name": "IDC", "color": [200, 0, 0]}}
+    geometry = json.loads(to_geojson(unary_union(boxes)))
+    return {
+        "type": "FeatureCollection",
+        "features": [{"type": "Feature", "geometry": geometry, "properties": properties}],
+    }
+
+
+def _damage(path: Path) -> None:
+    """Overwrite stored tiles in the middle of level 0, as a bad disk would."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as tif:
+        offsets = tif.pages[0].dataoffsets
+        middle = offsets[len(offsets) // 2]
+    with path.open("r+b") as stream:
+        stream.seek(middle)
+        stream.write(b"\xff" * 4096)
+
+
+def make_bundle(folder: Path) -> None:
+    """A bundle whose graph is a logistic function of a tile's mean colour: red and green count against, blue for."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    weights = {"green": -9.0, "red": -5.0, "blue": 5.0, "bias": 5.4}
+    kernel = np.array([[weights["red"]], [weights["green"]], [weights["blue"]]], np.float32) / 255
+    nodes = [
+        helper.make_node("Cast", ["tiles"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "axes"], ["colour"], keepdims=0),
+        helper.make_node("Gemm", ["colour", "kernel", "bias"], ["logit"]),
+        helper.make_node("Reshape", ["logit", "flat"], ["logits"]),
+        helper.make_node("Sigmoid", ["logits"], ["probability"]),
+    ]
+    initializers = [
+        onnx.numpy_helper.from_array(np.array([1, 2], np.int64), "axes"),
+        onnx.numpy_helper.from_array(kernel, "kernel"),
+        onnx.numpy_helper.from_array(np.array([weights["bias"]], np.float32), "bias"),
+        onnx.numpy_helper.from_array(np.array([-1], np.int64), "flat"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        MODEL,
+        [helper.make_tensor_value_info("tiles", TensorProto.UINT8, ["n", 50, 50, 3])],
+        [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["n"])],
+        initializers,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    fields = {
+        "format": "wsi-idc-model/1",
+        "name": MODEL,
+        "title": "Mean colour of a tile; for the demo, not trained",
+        "tile": {"size_px": 50, "mpp": 4.0},
+        "threshold": 0.5,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, folder / "model.onnx")
+    (folder / "bundle.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")

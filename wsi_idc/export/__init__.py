@@ -1,0 +1,1 @@
+"""What leaves the store: pictures and files that other programs open."""

@@ -1,0 +1,41 @@
+"""What a network is made of, without torch: for the command line and `bundle.json`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Kind = Literal["resnet50", "idc-2016"]
+Activation = Literal["relu", "elu"]
+Stem = Literal["standard", "stride-1", "no-pool"]
+Contrast = Literal["none", "stretch"]
+Flips = Literal["none", "averaged"]
+
+
+class NetworkConfig(BaseModel):
+    """Everything that rebuilds a network, kept in `bundle.json`.
+
+    Attributes:
+        kind: `resnet50` is torchvision's with one logit; `idc-2016` the three-convolution network of J Pathol Inform
+            2016;7:29.
+        tile_px: side of the tiles that come in, pixels.
+        input_px: side that the body works at, pixels; tiles of another size are resized, with antialiasing.
+        activation: of every block.
+        stem: `standard` is ResNet's (stride 2, then pooling); `stride-1` keeps the pooling and not the stride;
+            `no-pool` the stride and not the pooling. The gentle ones cost about four times as much.
+        contrast: `stretch` spreads each tile's values over the full range, all channels alike.
+        flips: `averaged` gives the mean logit of a tile and its three mirror images, at four times the cost.
+        mean: subtracted from each channel, values in 0..1.
+        std: each channel is divided by it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Kind = "resnet50"
+    tile_px: Annotated[int, Field(ge=8, le=4096)] = 50
+    input_px: Annotated[int, Field(ge=8, le=1024)] = 50
+    activation: Activation = "relu"
+    stem: Stem = "standard"
+    contrast: Contrast = "none"
+    flips: Flips = "none"
+    mean: tuple[float, float, float] = (0.81, 0.69, 0.77)
+    std: tuple[float, float, float] = (0.16, 0.21, 0.16)

@@ -1,0 +1,27 @@
+"""Training: labelled tiles of a store in, a model bundle out. torch is imported when a run starts."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wsi_idc.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from wsi_idc.train.data import Say
+    from wsi_idc.train.loop import TrainResult
+
+__all__ = ["TrainSettings", "run"]
+
+
+def run(
+    store_path: Path,
+    out: Path,
+    settings: TrainSettings,
+    *,
+    say: "Say",
+    resume: bool = False,
+    progress: bool = False,
+) -> "TrainResult":
+    """Train, and write the bundle; see `wsi_idc.train.loop.run`."""
+    from wsi_idc.train import loop
+
+    return loop.run(store_path, out, settings, say=say, resume=resume, progress=progress)

@@ -1,0 +1,283 @@
+"""From a trained network to a bundle: calibration, graphs, checks that all forms agree, the card."""
+
+import csv
+import json
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wsi_idc.errors import WsiIdcError
+from wsi_idc.evaluate.metrics import FIGURES, Evaluation, evaluate_one
+from wsi_idc.evaluate.predictions import predictions
+from wsi_idc.model.bundle import Bundle, read_bundle
+from wsi_idc.model.network import TileNetwork, export_onnx, quantize, save_weights
+from wsi_idc.model.runtime import OnnxRuntime
+from wsi_idc.train.calibrate import fit_temperature, fit_threshold, sigmoid
+from wsi_idc.train.data import LabelledTiles, Say
+from wsi_idc.train.history import draw_history, merge_logs
+from wsi_idc.train.settings import TrainSettings
+from wsi_idc.train.splits import Split
+
+FLOAT32_TOLERANCE = 1e-4
+INT8_AUC_LOSS = 0.002
+CALIBRATION_TILES = 512
+LIMITS = (
+    "Research use only; not for diagnosis.",
+    "Trained on tiles of the size and um/px stated; slides must be tiled the same way.",
+    "The figures here are those of the validation patients, who chose the epoch, the temperature and the threshold: "
+    "they flatter. Judge the model on patients that are in neither list.",
+)
+TITLES = {"resnet50": "ResNet-50", "idc-2016": "IDC network of 2016, three convolutions"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What `finish` tells: figures as (value, low, high), and lines for the user."""
+
+    figures: dict[str, tuple[float, float, float]]
+    notes: list[str]
+
+
+def finish(
+    network: TileNetwork,
+    tiles: LabelledTiles,
+    split: Split,
+    settings: TrainSettings,
+    pixels: Mapping[str, NDArray[np.uint8]],
+    work: Path,
+    out: Path,
+    epochs: int,
+    say: Say,
+) -> Finished:
+    """Write the bundle beside its place, then rename it.
+
+    Args:
+        network: trained; its weights are rounded to half precision and its temperature is set.
+        tiles: the store's labelled tiles.
+        split: who trained and who validates.
+        settings: what the user said.
+        pixels: `train` and `val`, uint8 (n, size, size, 3) RGB.
+        work: the training's folder, with its logs.
+        out: the bundle's place.
+        epochs: epochs that were trained.
+        say: takes lines for the user.
+
+    Raises:
+        WsiIdcError: the disk is full, or the graph and the network disagree.
+    """
+    partial = work / "bundle"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        finished = _write(network, tiles, split, settings, pixels, work, partial, out.name, epochs, say)
+        partial.replace(out)
+    except OSError as error:
+        advice = "the training is kept: make room, then --resume"
+        raise WsiIdcError(out, f"the bundle cannot be written ({error.strerror or error})", advice) from error
+    return finished
+
+
+def _write(
+    network: TileNetwork,
+    tiles: LabelledTiles,
+    split: Split,
+    settings: TrainSettings,
+    pixels: Mapping[str, NDArray[np.uint8]],
+    work: Path,
+    folder: Path,
+    name: str,
+    epochs: int,
+    say: Say,
+) -> Finished:
+    truth = tiles.positive(settings.positive_from)[split.val]
+    network.eval().to("cpu")
+    network.temperature.fill_(1.0)
+    save_weights(network, folder / "model.safetensors")
+    logits = predict_logits(network, pixels["val"], "cuda" if settings.gpus else "cpu")
+    temperature = fit_temperature(logits, truth)
+    network.temperature.fill_(temperature)
+    save_weights(network, folder / "model.safetensors")
+    probability = sigmoid(logits / np.float32(temperature))
+    threshold = fit_threshold(probability, truth)
+    export_onnx(network, folder / "model.onnx")
+    evaluation = evaluate_one(
+        predictions(
+            name,
+            probability,
+            tiles.part[split.val],
+            tiles.slide[split.val],
+            tiles.patient[split.val],
+            threshold=threshold,
+            positive_from=settings.positive_from,
+        ),
+        seed=settings.seed,
+    )
+    card = _card(network, tiles, split, settings, name, threshold, evaluation, epochs)
+    _put_json(folder / "bundle.json", card)
+    _check_graph(folder, probability, pixels["val"], settings.threads)
+    notes = list(evaluation.notes)
+    quantize(folder / "model.onnx", folder / "model.int8.onnx", _calibration(pixels["train"], settings.seed))
+    card["graph"]["int8"] = "model.int8.onnx"
+    _put_json(folder / "bundle.json", card)
+    loss = evaluation.figures["roc_auc"].value - _int8_auc(folder, pixels["val"], truth, settings.threads)
+    card["training"]["int8_auc_loss"] = round(loss, 5)
+    if loss > INT8_AUC_LOSS:
+        (folder / "model.int8.onnx").unlink()
+        del card["graph"]["int8"]
+        notes.append(f"int8 loses {loss:.4f} AUC on validation, more than {INT8_AUC_LOSS}: it is not written")
+    _put_json(folder / "bundle.json", card)
+    rows = merge_logs(work / "logs")
+    _put_history(folder, rows)
+    (folder / "CARD.md").write_text(_card_text(card), encoding="utf-8")
+    for line in notes:
+        say(line)
+    figures = {key: (figure.value, figure.low, figure.high) for key, figure in evaluation.figures.items()}
+    return Finished(figures, notes)
+
+
+def predict_logits(network: TileNetwork, pixels: NDArray[np.uint8], device: str) -> NDArray[np.float32]:
+    """Logits of tiles, in float32: float32 (n,), from uint8 (n, size, size, 3) RGB."""
+    network.eval().to(device)
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(pixels), 256):
+            batch = torch.from_numpy(np.ascontiguousarray(pixels[start : start + 256])).to(device)
+            parts.append(network(batch).float().cpu().numpy())
+    network.to("cpu")
+    return np.concatenate(parts)
+
+
+def _check_graph(folder: Path, expected: NDArray[np.float64], pixels: NDArray[np.uint8], threads: int) -> None:
+    """Raise an error where the graph and the network disagree."""
+    some = slice(0, 512)
+    found = OnnxRuntime(read_bundle(folder), "float32", threads).predict(pixels[some])
+    gap = float(np.abs(found - expected[some]).max())
+    if gap > FLOAT32_TOLERANCE:
+        problem = f"the graph and the network differ by {gap:.2g}, more than {FLOAT32_TOLERANCE:g}"
+        raise WsiIdcError(folder, problem, "report this as a bug; the training is kept")
+
+
+def _int8_auc(folder: Path, pixels: NDArray[np.uint8], truth: NDArray[np.bool_], threads: int) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    runtime = OnnxRuntime(read_bundle(folder), "int8", threads)
+    parts = [runtime.predict(pixels[start : start + 256]) for start in range(0, len(pixels), 256)]
+    return float(roc_auc_score(truth, np.concatenate(parts)))
+
+
+def _calibration(pixels: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+    generator = np.random.default_rng((seed, 8))
+    chosen = generator.choice(len(pixels), size=min(CALIBRATION_TILES, len(pixels)), replace=False)
+    return pixels[np.sort(chosen)]
+
+
+def _card(
+    network: TileNetwork,
+    tiles: LabelledTiles,
+    split: Split,
+    settings: TrainSettings,
+    name: str,
+    threshold: float,
+    evaluation: Evaluation,
+    epochs: int,
+) -> dict[str, Any]:
+    spec, positive = tiles.spec, tiles.positive(settings.positive_from)
+    sides = {"train": split.train, "val": split.val, "held_out": split.held_out}
+    counts = {
+        side: {
+            "patients": len(np.unique(tiles.patient[places])),
+            "tiles": len(places),
+            "positive": int(positive[places].sum()),
+        }
+        for side, places in sides.items()
+        if len(places)
+    }
+    patients = {f"{side}_patients": np.unique(tiles.patient[places]).tolist() for side, places in sides.items()}
+    card = {
+        "format": "wsi-idc-model/1",
+        "name": name,
+        "title": f"{TITLES[settings.network]}, {spec}",
+        "classes": ["non-IDC", "IDC"],
+        "tile": {"size_px": spec.size_px, "mpp": spec.mpp},
+        "graph": {"file": "model.onnx", "input": "tiles", "output": "probability"},
+        "threshold": threshold,
+        "network": network.config.model_dump(mode="json"),
+        "training": {
+            "data": counts,
+            "data_identity": tiles.identity,
+            "unlabelled_tiles": tiles.unknown,
+            "split": split.source,
+            "recipe": settings.recipe,
+            "seed": settings.seed,
+            "settings": settings.content(),
+            "epochs": epochs,
+            "temperature": float(network.temperature),
+            "figures_on": "validation patients",
+            "figures": {key: [f.value, f.low, f.high] for key, f in evaluation.figures.items()},
+            "interval": f"95 %, bootstrap over {counts['val']['patients']} patients",
+            **patients,
+            "versions": {
+                "python": platform.python_version(),
+                **{package: version(package) for package in ("wsi-idc", "torch", "lightning", "onnxruntime")},
+            },
+            "limits": list(LIMITS),
+        },
+    }
+    fields: dict[str, Any] = _plain(Bundle.model_validate(card).model_dump(mode="json", exclude_none=True))
+    return fields
+
+
+def _plain(value: Any) -> Any:
+    """The value with NaN as null, since JSON has none."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _put_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _put_history(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    if not rows:
+        return
+    with (folder / "history.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "history.png").write_bytes(draw_history(rows))
+
+
+def _card_text(card: Mapping[str, Any]) -> str:
+    """The card as Markdown."""
+    training = card["training"]
+    lines = [
+        f"# {card['name']}: {card['title']}",
+        "",
+        *(f"- {limit}" for limit in training["limits"]),
+        "",
+        f"Split: {training['split']}. Recipe {training['recipe']}, seed {training['seed']}, "
+        f"{training['epochs']} epochs. Temperature {training['temperature']:.3f}, threshold {card['threshold']:.3f}. "
+        f"Patients are listed in bundle.json.",
+        "",
+        "| side | patients | tiles | IDC |",
+        "|---|---|---|---|",
+        *(f"| {side} | {c['patients']} | {c['tiles']:,} | {c['positive']:,} |" for side, c in training["data"].items()),
+        "",
+        f"| {training['figures_on']} | value | {training['interval']} |",
+        "|---|---|---|",
+    ]
+    for key, (value, low, high) in training["figures"].items():
+        numbers = ["undefined" if number is None else f"{number:.3f}" for number in (value, low, high)]
+        lines.append(f"| {FIGURES[key]} | {numbers[0]} | {numbers[1]} to {numbers[2]} |")
+    return "\n".join(lines) + "\n"

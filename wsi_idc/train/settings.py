@@ -1,0 +1,162 @@
+"""What `train` can be told, and the two recipes that fill in what it is not told."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from wsi_idc.model.config import Activation, Contrast, Flips, Kind, NetworkConfig, Stem
+from wsi_idc.settings import Settings
+
+_CONTENT: dict[str, Any] = {"kind": "content"}
+_RUNTIME: dict[str, Any] = {"kind": "runtime"}
+
+RecipeName = Literal["default", "seed"]
+Balance = Literal["none", "weights", "sampling"]
+INPUT_PX: dict[Kind, int] = {"resnet50": 50, "idc-2016": 32}
+"""The standard size that tiles are resized to, by network."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training tiles are varied; every amount is the largest of a uniform draw, 0 for none.
+
+    Attributes:
+        rotation_deg: degrees either way.
+        shift: part of the width, and of the height.
+        shear_deg: degrees either way.
+        zoom: part by which each axis grows or shrinks; one draw for both, and a tenth of it between them.
+        mirror: `horizontal` flips left to right; `all` gives the eight turns and mirror images of a square.
+        stain: part by which each stain (haematoxylin, eosin, residue) is stronger or weaker.
+        colour: part by which each channel's optical density is stronger or weaker.
+        brightness: optical density added to all pixels.
+        edge: what stands beyond the tile's edge.
+    """
+
+    rotation_deg: float = 0.0
+    shift: float = 0.0
+    shear_deg: float = 0.0
+    zoom: float = 0.0
+    mirror: Literal["none", "horizontal", "all"] = "none"
+    stain: float = 0.0
+    colour: float = 0.0
+    brightness: float = 0.0
+    edge: Literal["reflection", "border"] = "reflection"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train.
+
+    Attributes:
+        schedule: `one-cycle` warms up and anneals by cosine over all epochs; `plateau` cuts the rate when the monitored
+            figure stands still.
+        patience: epochs without a better figure after which training stops; 0 for never.
+        monitor: the validation figure by which the best epoch is kept.
+        ema: decay of the weights' moving average; 0 for none.
+        mixup: parameter of the Beta distribution (Zhang et al., ICLR 2018, arXiv:1710.09412); 0 for none.
+        smoothing: label smoothing; labels become `smoothing / 2` and `1 - smoothing / 2`.
+    """
+
+    activation: Activation
+    contrast: Contrast
+    flips: Flips
+    optimizer: Literal["adamw", "rmsprop"]
+    schedule: Literal["one-cycle", "plateau"]
+    lr: float
+    weight_decay: float
+    epochs: int
+    batch_size: int
+    patience: int
+    monitor: Literal["val_auc", "val_loss"]
+    ema: float = 0.0
+    mixup: float = 0.0
+    smoothing: float = 0.0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+RECIPES: dict[RecipeName, Recipe] = {
+    "default": Recipe(
+        activation="relu",
+        contrast="none",
+        flips="none",
+        optimizer="adamw",
+        schedule="one-cycle",
+        lr=2e-3,
+        weight_decay=0.05,
+        epochs=24,
+        batch_size=64,
+        patience=0,
+        monitor="val_auc",
+        ema=0.998,
+        augmentation=Augmentation(
+            rotation_deg=45, shift=0.05, zoom=0.2, mirror="all", stain=0.25, colour=0.1, brightness=0.06
+        ),
+    ),
+    "seed": Recipe(
+        activation="elu",
+        contrast="stretch",
+        flips="none",
+        optimizer="rmsprop",
+        schedule="plateau",
+        lr=1e-3,
+        weight_decay=0.0,
+        epochs=50,
+        batch_size=32,
+        patience=10,
+        monitor="val_loss",
+        augmentation=Augmentation(
+            rotation_deg=20, shift=0.1, shear_deg=10, zoom=0.1, mirror="horizontal", edge="border"
+        ),
+    ),
+}
+
+
+class TrainSettings(Settings):
+    """Everything that `train` can be told; None leaves it to the recipe."""
+
+    recipe: Annotated[RecipeName, Field(json_schema_extra=_CONTENT)] = "default"
+    network: Annotated[Kind, Field(json_schema_extra=_CONTENT)] = "resnet50"
+    activation: Annotated[Activation | None, Field(json_schema_extra=_CONTENT)] = None
+    stem: Annotated[Stem, Field(json_schema_extra=_CONTENT)] = "standard"
+    input_px: Annotated[int | None, Field(ge=8, le=1024, json_schema_extra=_CONTENT)] = None
+    flips: Annotated[Flips | None, Field(json_schema_extra=_CONTENT)] = None
+    init: Annotated[Path | None, Field(json_schema_extra=_CONTENT)] = None
+    teacher: Annotated[Path | None, Field(json_schema_extra=_CONTENT)] = None
+    split_by: Annotated[Literal["patient", "tile"], Field(json_schema_extra=_CONTENT)] = "patient"
+    val_split: Annotated[float, Field(gt=0.0, le=0.5, json_schema_extra=_CONTENT)] = 0.15
+    folds: Annotated[int, Field(ge=0, le=100, json_schema_extra=_CONTENT)] = 0
+    positive_from: Annotated[float, Field(gt=0.0, le=1.0, json_schema_extra=_CONTENT)] = 0.5
+    balance: Annotated[Balance, Field(json_schema_extra=_CONTENT)] = "none"
+    epochs: Annotated[int | None, Field(ge=1, le=10000, json_schema_extra=_CONTENT)] = None
+    batch_size: Annotated[int | None, Field(ge=2, le=65536, json_schema_extra=_CONTENT)] = None
+    lr: Annotated[float | None, Field(gt=0.0, le=10.0, json_schema_extra=_CONTENT)] = None
+    patience: Annotated[int | None, Field(ge=0, le=10000, json_schema_extra=_CONTENT)] = None
+    mixup: Annotated[float | None, Field(ge=0.0, le=10.0, json_schema_extra=_CONTENT)] = None
+    smoothing: Annotated[float | None, Field(ge=0.0, lt=1.0, json_schema_extra=_CONTENT)] = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1, json_schema_extra=_CONTENT)] = 0
+    gpus: Annotated[int, Field(ge=0, le=64, json_schema_extra=_RUNTIME)] = 0
+    processes: Annotated[int, Field(ge=1, le=64, json_schema_extra=_RUNTIME)] = 1
+    threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=_RUNTIME)] = 0
+    memory_gb: Annotated[float, Field(gt=0.0, le=4096.0, json_schema_extra=_RUNTIME)] = 4.0
+
+    def resolve(self) -> Recipe:
+        """The recipe, with what was said put in."""
+        names = ("activation", "flips", "epochs", "batch_size", "lr", "patience", "mixup", "smoothing")
+        said = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(RECIPES[self.recipe], **said)
+
+    def network_config(self, tile_px: int) -> NetworkConfig:
+        """The network for tiles of a size in pixels."""
+        recipe = self.resolve()
+        return NetworkConfig(
+            kind=self.network,
+            tile_px=tile_px,
+            input_px=self.input_px or INPUT_PX[self.network],
+            activation=recipe.activation,
+            stem=self.stem,
+            contrast=recipe.contrast,
+            flips=recipe.flips,
+        )

@@ -1,0 +1,122 @@
+"""Who trains, who validates: split by patient, from the manifest or by stratified group folds."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_idc.errors import UsageError
+from wsi_idc.train.data import LabelledTiles, Say, check_classes
+from wsi_idc.train.settings import TrainSettings
+
+Places = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Places in the labelled tiles, each ascending.
+
+    Attributes:
+        train: int64, trained on.
+        val: int64, for the best epoch, the temperature and the threshold.
+        held_out: int64, predicted by nobody but the model that never saw them; empty but in cross-validation.
+        source: how it was made, in words.
+    """
+
+    train: Places
+    val: Places
+    held_out: Places
+    source: str
+
+
+def make_split(tiles: LabelledTiles, settings: TrainSettings, say: Say) -> Split:
+    """One split: the manifest's where it names val patients, or else folds; slides of split test are never used.
+
+    Slides without a split train. With `split_by` tile, patients are ignored, and a warning says what that means.
+
+    Raises:
+        UsageError: a patient on two sides, too few patients, or one class only.
+    """
+    positive = tiles.positive(settings.positive_from)
+    usable = np.flatnonzero(tiles.split != "test")
+    if not len(usable):
+        raise UsageError("--store", "every labelled slide is of split test", "nothing is left to train on")
+    if settings.split_by == "tile":
+        say(
+            "warning: --split-by tile puts tiles of one patient on both sides; "
+            "its figures are far too good and say nothing about new patients"
+        )
+        train, val = _fold(usable, positive, usable, settings)
+        split = Split(train, val, np.empty(0, np.int64), "random tiles: patients are on both sides")
+    elif (tiles.split == "val").any():
+        train, val = usable[tiles.split[usable] != "val"], usable[tiles.split[usable] == "val"]
+        split = Split(train, val, np.empty(0, np.int64), "by patient, from the manifest")
+    else:
+        train, val = _by_patient(tiles, usable, positive, settings)
+        split = Split(train, val, np.empty(0, np.int64), f"by patient, stratified, seed {settings.seed}")
+    _check(tiles, split, positive, settings)
+    return split
+
+
+def make_folds(tiles: LabelledTiles, settings: TrainSettings) -> Iterator[Split]:
+    """Cross-validation: each patient who is not of split val or test is held out once.
+
+    The manifest's val patients validate in every fold; without any, a part of each fold's training patients does.
+
+    Raises:
+        UsageError: fewer patients than folds, a patient on two sides, or one class only.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    positive = tiles.positive(settings.positive_from)
+    pool = np.flatnonzero((tiles.split != "test") & (tiles.split != "val"))
+    val = np.flatnonzero(tiles.split == "val")
+    _check_count(tiles.patient[pool], settings.folds, f"--folds {settings.folds}")
+    folds = StratifiedGroupKFold(settings.folds, shuffle=True, random_state=settings.seed)
+    for number, (rest, out) in enumerate(folds.split(pool, positive[pool], tiles.patient[pool]), start=1):
+        train, chosen = (pool[rest], val) if len(val) else _by_patient(tiles, pool[rest], positive, settings)
+        split = Split(train, chosen, pool[out], f"by patient, fold {number} of {settings.folds}, seed {settings.seed}")
+        _check(tiles, split, positive, settings)
+        yield split
+
+
+def _by_patient(
+    tiles: LabelledTiles, usable: Places, positive: NDArray[np.bool_], settings: TrainSettings
+) -> tuple[Places, Places]:
+    _check_count(tiles.patient[usable], 2, "--store")
+    return _fold(usable, positive, tiles.patient[usable], settings)
+
+
+def _fold(
+    usable: Places, positive: NDArray[np.bool_], group: NDArray[np.generic], settings: TrainSettings
+) -> tuple[Places, Places]:
+    """(rest, one fold of about `val_split`) of the usable places; `group` (of each of them) is kept together."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    count = min(max(2, round(1 / settings.val_split)), len(np.unique(group)))
+    folds = StratifiedGroupKFold(count, shuffle=True, random_state=settings.seed)
+    rest, chosen = next(folds.split(usable, positive[usable], group))
+    return usable[rest], usable[chosen]
+
+
+def _check_count(patients: NDArray[np.str_], needed: int, subject: str) -> None:
+    found = len(np.unique(patients))
+    if found < needed:
+        people = f"{found} patient{'s' if found != 1 else ''}"
+        raise UsageError(subject, f"labelled tiles of {people}, at least {needed} are needed", "add patients")
+
+
+def _check(tiles: LabelledTiles, split: Split, positive: NDArray[np.bool_], settings: TrainSettings) -> None:
+    sides = {"train": split.train, "val": split.val, "held out": split.held_out}
+    if settings.split_by == "patient":
+        owner: dict[str, str] = {}
+        for name, places in sides.items():
+            for patient in np.unique(tiles.patient[places]).tolist():
+                if owner.setdefault(patient, name) != name:
+                    problem = f"is in {owner[patient]!r} and in {name!r}"
+                    raise UsageError(f"patient {patient}", problem, "give all slides of a patient one split")
+    for name in ("train", "val"):
+        if not len(sides[name]):
+            raise UsageError("--store", f"no labelled tiles of split {name}", "mend the manifest's split column")
+        check_classes(positive[sides[name]], f"split {name}")
