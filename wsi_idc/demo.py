@@ -1,7 +1,7 @@
 """Three small slides made on the spot, and the main job run over them.
 
-The texture is the H&E picture that tiatoolbox ships. The model is no model: a graph of a few nodes that takes dark,
-purple tiles for tumour, so that there is a map to look at until a trained model ships.
+The texture is the H&E picture that tiatoolbox ships. The model is no model: a graph of a few nodes that takes dark
+tiles for tumour, so that there is a map to look at until a trained model ships.
 """
 
 import json
@@ -22,7 +22,7 @@ MPP = 2.0
 SIZE = (3200, 2400)
 """Level-0 (width, height) in pixels: 6.4 x 4.8 mm."""
 GLASS = (243, 242, 245)
-MODEL = "demo-colour"
+MODEL = "demo-darkness"
 
 
 def run_demo(folder: Path, console: Console) -> None:
@@ -52,7 +52,7 @@ def run_demo(folder: Path, console: Console) -> None:
     with console.progress("extract") as listener:
         extracted = extract(rows, store, ExtractSettings(), listener=listener)
     console.summary("extract", extracted)
-    console.line(f"scoring with {MODEL}, built on the spot: dark purple counts as tumour. It is not a trained model.")
+    console.line(f"scoring with {MODEL}, built on the spot: dark counts as tumour. It is not a trained model.")
     with console.progress("infer") as listener:
         inferred = infer(store, read_bundle(bundle), InferSettings(), listener=listener)
     console.summary("infer", inferred)
@@ -190,12 +190,12 @@ def _damage(path: Path) -> None:
 
 
 def make_bundle(folder: Path) -> None:
-    """A bundle whose graph is a logistic function of a tile's mean colour: red and green count against, blue for."""
+    """A bundle whose graph is a logistic function of a tile's mean green: the darker, the likelier tumour."""
     import onnx
     from onnx import TensorProto, helper
 
-    weights = {"green": -9.0, "red": -5.0, "blue": 5.0, "bias": 5.4}
-    kernel = np.array([[weights["red"]], [weights["green"]], [weights["blue"]]], np.float32) / 255
+    middle, slope = 135.0, -0.12  # grey levels: the demo's stroma has about 160, its tumour 105
+    kernel = np.array([[0.0], [slope], [0.0]], np.float32)
     nodes = [
         helper.make_node("Cast", ["tiles"], ["pixels"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["pixels", "axes"], ["colour"], keepdims=0),
@@ -206,7 +206,7 @@ def make_bundle(folder: Path) -> None:
     initializers = [
         onnx.numpy_helper.from_array(np.array([1, 2], np.int64), "axes"),
         onnx.numpy_helper.from_array(kernel, "kernel"),
-        onnx.numpy_helper.from_array(np.array([weights["bias"]], np.float32), "bias"),
+        onnx.numpy_helper.from_array(np.array([-slope * middle], np.float32), "bias"),
         onnx.numpy_helper.from_array(np.array([-1], np.int64), "flat"),
     ]
     graph = helper.make_graph(
@@ -220,7 +220,7 @@ def make_bundle(folder: Path) -> None:
     fields = {
         "format": "wsi-idc-model/1",
         "name": MODEL,
-        "title": "Mean colour of a tile; for the demo, not trained",
+        "title": "Darkness of a tile; for the demo, not trained",
         "tile": {"size_px": 50, "mpp": 4.0},
         "threshold": 0.5,
     }

@@ -38,7 +38,7 @@ def draw_map(store: Store, model: str, slide_id: str, out: Path) -> None:
     pitch = grid.spec.stride_px * grid.spec.mpp / 1000
     rows, columns = image.shape
 
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    figure = Figure(figsize=(11, min(max(4.7 * height / width, 2.0), 20.0) + 1.0), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for axis in axes:
         axis.imshow(thumbnail, extent=(0, width, height, 0), interpolation="antialiased")

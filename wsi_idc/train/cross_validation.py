@@ -63,7 +63,7 @@ def cross_validate(
     _write_csv(out / "folds.csv", [_flat(row) for row in rows])
     _write_csv(out / "held-out.csv", list(_tile_rows(folds)))
     figures = {key: (figure.value, figure.low, figure.high) for key, figure in whole.figures.items()}
-    summary = {"settings": settings.content(), "patients": pooled.n_patients, "folds": rows, "pooled": figures}
+    summary = {"settings": settings.recorded(), "patients": pooled.n_patients, "folds": rows, "pooled": figures}
     (out / "cross-validation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return TrainResult(out, epochs, figures, list(whole.notes))
 
@@ -71,7 +71,7 @@ def cross_validate(
 def _check_fold(folder: Path, tiles: LabelledTiles, split: Split, settings: TrainSettings) -> None:
     training = read_bundle(folder).fields.training
     same = (
-        training.get("settings") == settings.content()
+        training.get("settings") == settings.recorded()
         and training.get("held_out_patients") == np.unique(tiles.patient[split.held_out]).tolist()
         and training.get("data_identity") == tiles.identity
     )

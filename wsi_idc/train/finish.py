@@ -217,7 +217,7 @@ def _card(
             "split": split.source,
             "recipe": settings.recipe,
             "seed": settings.seed,
-            "settings": settings.content(),
+            "settings": settings.recorded(),
             "epochs": epochs,
             "temperature": float(network.temperature),
             "figures_on": "validation patients",

@@ -14,7 +14,6 @@ import numpy as np
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
-    LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
 )
@@ -145,7 +144,7 @@ def _trainer(settings: TrainSettings, recipe: Recipe, work: Path, say: Say, *, p
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
-    callbacks: list[Callback] = [checkpoint, LearningRateMonitor()]
+    callbacks: list[Callback] = [checkpoint]
     if recipe.patience:
         callbacks.append(EarlyStopping(monitor=recipe.monitor, mode=mode, patience=recipe.patience))
     if recipe.ema:

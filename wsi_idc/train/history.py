@@ -18,9 +18,7 @@ def merge_logs(folder: Path) -> list[dict[str, float]]:
                 if not row.get("epoch"):
                     continue
                 target = fresh.setdefault(int(row["epoch"]), {})
-                target.update(
-                    {("lr" if key.startswith("lr-") else key): float(value) for key, value in row.items() if value}
-                )
+                target.update({key: float(value) for key, value in row.items() if value})
         epochs.update({number: row for number, row in fresh.items() if "val_loss" in row})
     return [
         {"epoch": number + 1, **{key: epochs[number].get(key, float("nan")) for key in COLUMNS[1:]}}

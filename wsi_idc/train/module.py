@@ -42,6 +42,7 @@ class Training(pl.LightningModule):  # type: ignore[misc]
             targets = targets * (1.0 - self.recipe.smoothing) + 0.5 * self.recipe.smoothing
             if self.recipe.mixup:
                 images, targets = mix(images, targets, self.recipe.mixup, generator)
+        self.log("lr", self.optimizers().param_groups[0]["lr"], on_step=False, on_epoch=True, batch_size=len(tiles))
         logits = self.network.logits(images).float()
         loss = binary_cross_entropy_with_logits(logits, targets, pos_weight=self.positive_weight)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(tiles), sync_dist=True, prog_bar=True)

@@ -142,6 +142,11 @@ class TrainSettings(Settings):
     threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=_RUNTIME)] = 0
     memory_gb: Annotated[float, Field(gt=0.0, le=4096.0, json_schema_extra=_RUNTIME)] = 4.0
 
+    def recorded(self) -> dict[str, Any]:
+        """The content for a model card: other bundles by name, without this machine's folders."""
+        names = {name: path.name for name in ("init", "teacher") if (path := getattr(self, name)) is not None}
+        return self.content() | names
+
     def resolve(self) -> Recipe:
         """The recipe, with what was said put in."""
         names = ("activation", "flips", "epochs", "batch_size", "lr", "patience", "mixup", "smoothing")
