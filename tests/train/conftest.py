@@ -62,4 +62,7 @@ def make_store(tmp_path: Path) -> MakeStore:
     return make
 
 
-SPLIT: Patients = {"a": "train", "b": "train", "c": "", "d": "train", "e": "val", "f": "val", "g": "test"}
+@pytest.fixture
+def patients() -> dict[str, str]:
+    """Seven patients, two of whom validate and one of whom nobody may see."""
+    return {"a": "train", "b": "train", "c": "", "d": "train", "e": "val", "f": "val", "g": "test"}

@@ -1,0 +1,269 @@
+"""From slides to tiles: exact, resumable, one slide's trouble its own."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from wsi_idc.errors import StoreBusyError
+from wsi_idc.extract import extract, plan_slides
+from wsi_idc.manifest import read_manifest
+from wsi_idc.settings import ExtractSettings, TileSpec
+from wsi_idc.slides import open_slide
+from wsi_idc.store import open_store
+
+
+def run(manifest, recorder, settings=None, **options):
+    store = manifest.parent / "tiles.zarr"
+    rows = read_manifest(manifest)
+    return extract(rows, store, settings or ExtractSettings(), listener=recorder, **options), open_store(store)
+
+
+def test_good_slides_are_done_and_the_broken_one_is_named(slides, recorder):
+    summary, store = run(slides, recorder)
+    assert (summary.done, list(summary.failures)) == (2, ["broken"])
+    assert "cannot read the region at x " in summary.failures["broken"]
+    assert store.slide_ids() == ["a", "b"]
+    assert "cannot read" in store.slide_node("broken").record().failed
+
+
+def test_the_stored_tiles_are_the_slides_pixels(slides, recorder):
+    _, store = run(slides, recorder)
+    slide = store.slide("a")
+    with open_slide(slides.parent / "a.tif") as source:
+        for (x, y), tile in zip(slide.position.tolist(), np.asarray(slide.tiles[:]), strict=True):
+            assert np.array_equal(tile, source.read(0, x, y, 50, 50))
+    assert slide.count == len(slide.cell) == 6 * 4
+    assert np.array_equal(slide.position, slide.cell[:, ::-1] * 50)
+    assert np.allclose(slide.tissue, 1, atol=0.2)
+    assert np.isnan(slide.idc).all()
+
+
+def test_what_a_slide_is_stands_in_its_attributes(slides, recorder):
+    _, store = run(slides, recorder)
+    attributes = store.slide("a").attributes
+    assert attributes["patient_id"] == "p1"
+    assert attributes["metadata"] == {"site": "north"}
+    assert attributes["size"] == [500, 400] and attributes["mpp"] == [4.0, 4.0]
+    assert attributes["complete"]["versions"]["wsi-idc"]
+    assert set(attributes["complete"]["checksums"]) == {"cell", "position", "tissue", "idc", "tiles"}
+    node = store.slide("a").node
+    assert node.array("blur")[...].shape == node.array("pen")[...].shape == (24,)
+    assert np.asarray(node.array("blur")[...]).min() > 0
+    assert node.array("thumbnail").shape == (200, 250, 3)
+    assert node.array("tissue_mask").shape == (200, 250)
+
+
+def test_the_second_run_does_nothing(slides, recorder):
+    rows = slides.read_text().splitlines()
+    slides.write_text("\n".join(rows[:3]))
+    run(slides, recorder)
+    before = {path: path.stat().st_mtime_ns for path in (slides.parent / "tiles.zarr").rglob("*") if path.is_file()}
+    os.utime(slides.parent / "a.tif", (1, 1))
+    summary, _ = run(slides, recorder)
+    after = {path: path.stat().st_mtime_ns for path in (slides.parent / "tiles.zarr").rglob("*") if path.is_file()}
+    assert (summary.done, summary.skipped, recorder.started) == (0, 2, [])
+    assert {path.name for path in before if before[path] != after.get(path)} <= {".wsi-idc.lock"}
+
+
+def test_a_failed_slide_is_tried_again_and_mended(slides, recorder, make):
+    run(slides, recorder)
+    make.tissue_slide(slides.parent / "broken.tif", seed=3)
+    summary, store = run(slides, recorder)
+    assert (recorder.started, summary.done, summary.skipped) == (["broken"], 1, 2)
+    assert store.slide_ids() == ["a", "b", "broken"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tile": TileSpec(size_px=64)}, "tile size and stride changed"),
+        ({"tile": TileSpec(mpp=8.0)}, "tile um/px changed"),
+        ({"min_tissue": 0.5}, "min tissue changed"),
+        ({"tissue": "none"}, "tissue changed"),
+        ({"pixels": False}, "pixels changed"),
+    ],
+)
+def test_changed_settings_are_a_reason_to_do_it_again(slides, recorder, change, reason):
+    _, store = run(slides, recorder)
+    rows = read_manifest(slides)
+    planned = plan_slides(rows, store, ExtractSettings(**change), force=False)
+    assert [slide.plan.reason for slide in planned] == [reason, reason, "failed last time"]
+    summary, store = run(slides, recorder, ExtractSettings(**change))
+    assert summary.done == 2
+    assert {slide.plan.action for slide in plan_slides(rows[:2], store, ExtractSettings(**change), force=False)} == {"skip"}
+
+
+def test_a_changed_file_is_a_reason_and_so_is_force(slides, recorder, make):
+    run(slides, recorder)
+    make.tissue_slide(slides.parent / "a.tif", seed=9)
+    summary, _ = run(slides, recorder)
+    assert [summary.plans[name].reason for name in "ab"] == ["source changed", "already done"]
+    summary, _ = run(slides, recorder, force=True)
+    assert [summary.plans[name].reason for name in "ab"] == ["forced", "forced"]
+
+
+def test_the_manifests_words_are_brought_up_to_date_without_new_tiles(slides, recorder):
+    run(slides, recorder)
+    slides.write_text(slides.read_text().replace("p1", "p9").replace("site", "centre"))
+    summary, store = run(slides, recorder)
+    assert summary.plans["a"].action == "skip"
+    assert store.slide("a").patient_id == "p9"
+    assert store.slide("a").attributes["metadata"] == {"centre": "north"}
+
+
+def test_a_redo_that_cannot_begin_keeps_the_old_tiles_out_of_sight(slides, recorder):
+    _, store = run(slides, recorder)
+    (slides.parent / "a.tif").write_bytes(b"no slide any more")
+    summary, store = run(slides, recorder)
+    assert "a" in summary.failures
+    assert store.slide_ids() == ["b"]
+    assert store.slide_node("a").record().complete["tiles"] == 24
+
+
+def test_without_pixels_everything_else_is_the_same(slides, recorder):
+    _, store = run(slides, recorder)
+    with_pixels = {name: getattr(store.slide("b"), name) for name in ("cell", "position", "tissue")}
+    _, store = run(slides, recorder, ExtractSettings(pixels=False))
+    slide = store.slide("b")
+    assert not slide.has_pixels
+    assert all(np.array_equal(getattr(slide, name), values) for name, values in with_pixels.items())
+    assert np.isnan(np.asarray(slide.node.array("blur")[...])).all()
+
+
+def test_processes_write_the_same_store_as_threads(slides, recorder, monkeypatch):
+    _, store = run(slides, recorder)
+    before = {name: store.slide(name).attributes["complete"] for name in store.slide_ids()}
+    summary, store = run(slides, recorder, ExtractSettings(workers=2), force=True)
+    assert (summary.done, list(summary.failures)) == (2, ["broken"])
+    assert {name: store.slide(name).attributes["complete"] for name in store.slide_ids()} == before
+
+
+def test_a_large_slide_is_shared_between_processes_shard_by_shard(slides, recorder, monkeypatch):
+    """With one tile a shard and two shards a task, the tiles are the same, each in its place."""
+    from wsi_idc import extract as module
+    from wsi_idc import store as store_module
+
+    _, store = run(slides, recorder)
+    tiles = np.asarray(store.slide("b").tiles[:])
+    monkeypatch.setattr(store_module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(store_module, "CHUNKS_PER_SHARD", 1)
+    monkeypatch.setattr(module, "SHARDS_PER_BLOCK", 2)
+    from wsi_idc.cluster import Workers
+
+    row = read_manifest(slides)[1]
+    settings = ExtractSettings(workers=2)
+    (planned,) = plan_slides([row], None, settings, force=False)
+    job = module.ExtractJob(planned, store.path, settings, Workers(processes=2))
+    monkeypatch.setattr(module, "report_tiles", lambda job_id, tiles: None)
+    prepared = job.prepare()
+    assert len(prepared.blocks) == -(-len(tiles) // 2)
+    results = [job.run(block, prepared.info) for block in reversed(prepared.blocks)]
+    job.finish(prepared, results[::-1])
+    assert np.array_equal(np.asarray(open_store(store.path).slide("b").tiles[:]), tiles)
+
+
+def test_annotations_label_the_tiles(slides, recorder):
+    square = [[100, 100], [225, 100], [225, 200], [100, 200], [100, 100]]
+    feature = {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [square]},
+        "properties": {"classification": {"name": "IDC"}},
+    }
+    (slides.parent / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    slides.write_text("path,annotation\na.tif,a.geojson\nb.tif,\n")
+    _, store = run(slides, recorder)
+    slide = store.slide("a")
+    parts = {tuple(cell): part for cell, part in zip(slide.cell.tolist(), slide.idc.tolist(), strict=True)}
+    assert parts[2, 2] == parts[3, 3] == 1.0
+    assert parts[2, 4] == pytest.approx(0.5, abs=0.01)
+    assert parts[4, 2] == 0.0
+    assert np.isnan(store.slide("b").idc).all()
+
+
+def test_an_annotation_that_changes_is_a_reason_and_a_broken_one_fails_its_slide_alone(slides, recorder):
+    (slides.parent / "a.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    slides.write_text("path,annotation\na.tif,a.geojson\nb.tif,\n")
+    run(slides, recorder)
+    (slides.parent / "a.geojson").write_text("{")
+    summary, _ = run(slides, recorder)
+    assert summary.plans["a"].reason == "annotation changed"
+    assert list(summary.failures) == ["a"]
+
+
+def test_the_manifests_mask_decides_what_is_tissue(slides, recorder):
+    from PIL import Image
+
+    mask = np.zeros((40, 50), np.uint8)
+    mask[:5, :5] = 255
+    Image.fromarray(mask).save(slides.parent / "mask.png")
+    slides.write_text("path,mask\na.tif,mask.png\n")
+    _, store = run(slides, recorder)
+    assert store.slide("a").cell.tolist() == [[0, 0]]
+
+
+def test_a_slide_without_tissue_is_done_with_a_warning(slides, recorder, make):
+    make.write_tiff(slides.parent / "a.tif", np.full((400, 500, 3), 244, np.uint8))
+    slides.write_text("path\na.tif\n")
+    summary, store = run(slides, recorder)
+    assert summary.outcomes["a"].warnings == ("no tissue found",)
+    assert store.slide("a").count == 0
+    assert store.slide("a").tiles.shape == (0, 50, 50, 3)
+
+
+def test_a_patch_folder_gives_its_patches_and_labels(tmp_path, recorder):
+    from PIL import Image
+
+    folder = tmp_path / "8863" / "1"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (50, 50), (9, 8, 7)).save(folder / "8863_idx5_x51_y1_class1.png")
+    Image.new("RGB", (50, 30), (9, 8, 7)).save(folder / "8863_idx5_x101_y1_class1.png")
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("path\n8863\n")
+    summary, store = run(manifest, recorder)
+    assert summary.outcomes["8863"].warnings == ("1 file left out: not 50 x 50 px",)
+    slide = store.slide("8863")
+    assert (slide.cell.tolist(), slide.idc.tolist()) == ([[0, 1]], [1.0])
+    assert (np.asarray(slide.tiles[0]) == (9, 8, 7)).all()
+    summary, _ = run(manifest, recorder, ExtractSettings(tile=TileSpec(size_px=64)))
+    assert "ready-cut" in summary.failures["8863"]
+
+
+def test_the_store_of_another_run_is_left_alone(slides, recorder):
+    _, store = run(slides, recorder)
+    with open_store(store.path, read_only=False).lock(), pytest.raises(StoreBusyError):
+        run(slides, recorder, force=True)
+
+
+def test_a_store_that_was_moved_is_still_whole(slides, recorder):
+    _, store = run(slides, recorder)
+    shutil.move(store.path, slides.parent / "moved.zarr")
+    assert open_store(slides.parent / "moved.zarr").slide("a").count == 24
+
+
+@pytest.mark.parametrize("patient", ["8863", "8865", "8867", "14082"])
+def test_default_settings_keep_the_real_tissue(shared_data, tmp_path, recorder, patient):
+    import subprocess
+    import sys
+
+    archive = shared_data / "idc" / "patches.zip"
+    maker, unpack = shared_data / "slides" / "make_idc_slide.py", shared_data / "idc" / "unpack.py"
+    subprocess.run([sys.executable, maker, patient, archive, tmp_path], check=True, capture_output=True)
+    subprocess.run([sys.executable, unpack, tmp_path, patient], check=True, capture_output=True)
+    manifest = tmp_path / "m.csv"
+    manifest.write_text(f"path,annotation\nidc-{patient}.tif,idc-{patient}.geojson\n{patient},\n")
+    _, store = run(manifest, recorder)
+    folder, slide = store.slide(patient), store.slide(f"idc-{patient}")
+    truth = {tuple(cell): label for cell, label in zip(folder.cell.tolist(), folder.idc.tolist(), strict=True)}
+    pixels = dict(zip(truth, np.asarray(folder.tiles[:]), strict=True))
+    kept = [tuple(cell) for cell in slide.cell.tolist()]
+    assert all(cell in set(kept) for cell, label in truth.items() if label)
+    assert sum(cell in truth for cell in kept) >= 0.98 * len(truth)
+    empty = len(slide.grid) - len(truth)
+    assert sum(cell not in truth for cell in kept) <= 0.01 * empty
+    for cell, tile, idc in zip(kept, np.asarray(slide.tiles[:]), slide.idc.tolist(), strict=True):
+        if cell in truth:
+            assert np.array_equal(tile, pixels[cell])
+            assert idc == truth[cell]
