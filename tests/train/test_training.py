@@ -127,7 +127,7 @@ def test_a_run_that_was_trained_but_not_written_is_only_finished(make_store, pat
 
     with monkeypatch.context() as broken:
         broken.setattr("wsi_idc.train.finish.export_onnx", full)
-        with pytest.raises(WsiIdcError, match="No space left on device; the training is kept"):
+        with pytest.raises(WsiIdcError, match=r"No space left on device\); the training is kept"):
             run(store.path, tmp_path / "bundle", settings, say=quiet)
     assert not (tmp_path / "bundle").exists()
     lines: list[str] = []

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from wsi_idc.errors import WsiIdcError
 from wsi_idc.evaluate.metrics import FIGURES, Evaluation, evaluate_one
@@ -79,9 +80,10 @@ def finish(
         partial.mkdir(parents=True)
         finished = _write(network, tiles, split, settings, pixels, work, partial, out.name, epochs, say)
         partial.replace(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         advice = "the training is kept: make room, then --resume"
-        raise WsiIdcError(out, f"the bundle cannot be written ({error.strerror or error})", advice) from error
+        raise WsiIdcError(out, f"the bundle cannot be written ({reason})", advice) from error
     return finished
 
 

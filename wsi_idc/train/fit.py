@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from wsi_idc.errors import UsageError
+from wsi_idc.errors import UsageError, WsiIdcError
 from wsi_idc.model.network import TileNetwork
 from wsi_idc.train.callbacks import AveragedWeights, Lines, WholeCheckpoints, read_checkpoint
 from wsi_idc.train.data import Batches, Order, Say
@@ -115,6 +115,9 @@ def fit(
                 if trainer.interrupted:
                     raise KeyboardInterrupt from None
                 raise
+            except OSError as error:
+                reason, advice = error.strerror or error, "the last checkpoint is whole: mend that, then --resume"
+                raise WsiIdcError(work, f"training stopped ({reason})", advice) from error
         if not trainer.is_global_zero:
             return int(trainer.current_epoch)
         partial = trained.with_suffix(".partial")
