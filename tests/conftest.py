@@ -45,8 +45,12 @@ def write_tiff(path: Path, pixels: np.ndarray, mpp: float | None = 4.0, downs=(1
             place = {} if mpp is None else {"resolution": (1e4 / (mpp * down),) * 2, "resolutionunit": "CENTIMETER"}
             settings = {"compression": "adobe_deflate", "tile": (128, 128), **options}
             out.write(
-                level.round().astype(np.uint8), photometric="rgb", subfiletype=int(down > 1), metadata=None,
-                **place, **settings,
+                level.round().astype(np.uint8),
+                photometric="rgb",
+                subfiletype=int(down > 1),
+                metadata=None,
+                **place,
+                **settings,
             )
     return path
 
@@ -102,7 +106,9 @@ def write_bundle(folder: Path, size_px: int = 50, mpp: float = 4.0, **fields) ->
         [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["n"])],
         constants,
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), folder / "model.onnx")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), folder / "model.onnx"
+    )
     about = {
         "format": "wsi-idc-model/1",
         "name": "mean",

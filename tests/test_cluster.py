@@ -49,12 +49,20 @@ class Sum:
 @pytest.mark.parametrize("workers", [Workers(), Workers(threads=2), Workers(processes=2)])
 def test_every_job_ends_in_its_own_way(workers, recorder, tmp_path):
     jobs = [
-        Sum("a"), Sum("b", blocks=0), Sum("c", 4, "block", str(tmp_path)), Sum("d", 1, "prepare"), Sum("e", 2, "finish"),
-        Sum("f", 1, "defect"), Sum("g", 1, "disk"), Sum("h", blocks=5),
+        Sum("a"),
+        Sum("b", blocks=0),
+        Sum("c", 4, "block", str(tmp_path)),
+        Sum("d", 1, "prepare"),
+        Sum("e", 2, "finish"),
+        Sum("f", 1, "defect"),
+        Sum("g", 1, "disk"),
+        Sum("h", blocks=5),
     ]
     summary = execute(workers, {}, jobs, recorder(["x"]))
     assert {name: outcome.tiles for name, outcome in summary.outcomes.items() if outcome.status == "done"} == {
-        "a": 30, "b": 0, "h": 100,
+        "a": 30,
+        "b": 0,
+        "h": 100,
     }
     assert summary.failures == {
         "c": "block 1 is broken",
@@ -80,6 +88,23 @@ def test_a_job_that_kills_its_worker_is_named_and_the_innocent_are_done(recorder
 def test_nothing_is_started_for_nothing(recorder, monkeypatch):
     monkeypatch.setattr("wsi_idc.cluster.connect", lambda workers: pytest.fail("started"))
     assert execute(Workers(), {}, [], recorder([])).outcomes == {}
+
+
+@pytest.mark.parametrize("workers", [Workers(), Workers(processes=2)])
+def test_what_listens_does_so_on_the_loopback_address_alone(workers):
+    from wsi_idc.cluster import connect
+
+    with connect(workers) as client:
+        own = {str(os.getpid()), *map(str, client.run(os.getpid).values())}
+        inodes = {
+            os.readlink(link).removeprefix("socket:[").removesuffix("]")
+            for process in own
+            for link in Path("/proc", process, "fd").iterdir()
+            if os.path.lexists(link) and os.readlink(link).startswith("socket:[")
+        }
+        tables = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).open().readlines()[1:]]
+        listening = [row[1].split(":")[0] for row in tables if row[3] == "0A" and row[9] in inodes]
+    assert set(listening) <= {"0100007F"}
 
 
 def test_asking_for_gpus_that_are_not_there_is_one_line(monkeypatch):

@@ -93,7 +93,9 @@ def test_changed_settings_are_a_reason_to_do_it_again(slides, recorder, change, 
     assert [slide.plan.reason for slide in planned] == [reason, reason, "failed last time"]
     summary, store = run(slides, recorder, ExtractSettings(**change))
     assert summary.done == 2
-    assert {slide.plan.action for slide in plan_slides(rows[:2], store, ExtractSettings(**change), force=False)} == {"skip"}
+    assert {slide.plan.action for slide in plan_slides(rows[:2], store, ExtractSettings(**change), force=False)} == {
+        "skip"
+    }
 
 
 def test_a_changed_file_is_a_reason_and_so_is_force(slides, recorder, make):

@@ -20,9 +20,9 @@ def test_every_field_is_content_or_runtime(cls):
 
 
 def test_no_settings_class_is_left_out_of_that_test():
-    found = {
-        value for value in vars(settings).values() if isinstance(value, type) and issubclass(value, Settings)
-    } - {Settings}
+    found = {value for value in vars(settings).values() if isinstance(value, type) and issubclass(value, Settings)} - {
+        Settings
+    }
     assert found == {TileSpec, ExtractSettings, InferSettings}
 
 

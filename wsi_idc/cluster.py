@@ -166,45 +166,43 @@ def visible_gpus(count: int) -> list[str]:
 
 @contextmanager
 def connect(workers: Workers) -> Iterator[Any]:
-    """A Dask client of the workers, which end with it."""
+    """A Dask client of the workers, which end with it. All that listens does so on the loopback address."""
     import logging
 
     import dask
-    from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster
+    from distributed import Client, Nanny, Scheduler, SpecCluster, Worker
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    # Python's resource tracker warns of semaphores when a run is interrupted; they are the system's to reclaim.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     settings = {
         # One death makes every task of that worker a suspect; suspects are then run one at a time (run_jobs).
         "distributed.scheduler.allowed-failures": 0,
         "distributed.worker.daemon": True,
-        "distributed.logging.distributed": "critical",
         "distributed.admin.log-length": 0,
     }
-    with dask.config.set(settings):
-        if workers.gpus:
-            spec = {
-                index: {
-                    "cls": Nanny,
-                    "options": {"nthreads": 1, "env": {"CUDA_VISIBLE_DEVICES": name}, "dashboard_address": None},
-                }
-                for index, name in enumerate(visible_gpus(workers.gpus))
-            }
-            cluster = SpecCluster(
-                workers=spec,
-                scheduler={"cls": Scheduler, "options": {"dashboard_address": None, "host": "127.0.0.1"}},
-            )
-        else:
-            cluster = LocalCluster(
-                n_workers=max(1, workers.processes),
-                threads_per_worker=workers.threads,
-                processes=workers.processes > 0,
-                protocol="tcp" if workers.processes else "inproc",
-                host="127.0.0.1" if workers.processes else None,
-                dashboard_address=None,
-                memory_limit=0,
-            )
-        with cluster, Client(cluster) as client:
-            yield client
+    no_dashboard = {"dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    options: dict[str, Any] = {"nthreads": workers.threads, "memory_limit": 0, **no_dashboard}
+    place: dict[str, Any] = {"protocol": "inproc"}
+    environments: list[dict[str, str]] = [{}]
+    kind = Worker
+    if workers.gpus or workers.processes:
+        kind, place = Nanny, {"protocol": "tcp", "host": "127.0.0.1"}
+        options["silence_logs"] = logging.CRITICAL
+        environments = [{} for _ in range(workers.processes)]
+    if workers.gpus:
+        environments = [{"CUDA_VISIBLE_DEVICES": name} for name in visible_gpus(workers.gpus)]
+    spec = {
+        index: {"cls": kind, "options": {**options, **place, **({"env": environment} if environment else {})}}
+        for index, environment in enumerate(environments)
+    }
+    scheduler = {"cls": Scheduler, "options": {**place, **no_dashboard}}
+    with (
+        dask.config.set(settings),
+        SpecCluster(workers=spec, scheduler=scheduler) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
 
 
 def report_tiles(job_id: str, tiles: int) -> None:

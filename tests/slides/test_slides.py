@@ -103,8 +103,14 @@ def test_a_plain_pyramidal_jpeg_tiff_is_read_by_regions_with_its_resolution(tmp_
         for down in (1, 4):
             level = make.texture(1024 // down, 768 // down)
             out.write(
-                level, tile=(256, 256), photometric="rgb", compression="jpeg", subfiletype=int(down > 1),
-                resolution=(1e4 / 0.5 / down,) * 2, resolutionunit="CENTIMETER", metadata=None,
+                level,
+                tile=(256, 256),
+                photometric="rgb",
+                compression="jpeg",
+                subfiletype=int(down > 1),
+                resolution=(1e4 / 0.5 / down,) * 2,
+                resolutionunit="CENTIMETER",
+                metadata=None,
             )
     with open_slide(path) as slide:
         assert slide.description.reader == "OpenSlide"
@@ -118,9 +124,16 @@ def test_tiffs_that_openslide_cannot_read_go_to_tiatoolbox(tmp_path, make, compr
     options = {"level": 100} if compression == "webp" else {"reversible": True, "level": 0}
     path = tmp_path / "a.tif"
     tifffile.imwrite(
-        path, pixels, bigtiff=True, tile=(128, 128), photometric="rgb", compression=compression, metadata=None,
+        path,
+        pixels,
+        bigtiff=True,
+        tile=(128, 128),
+        photometric="rgb",
+        compression=compression,
+        metadata=None,
         compressionargs={"lossless": True} if compression == "webp" else options,
-        resolution=(5000.0, 5000.0), resolutionunit="CENTIMETER",
+        resolution=(5000.0, 5000.0),
+        resolutionunit="CENTIMETER",
     )
     with open_slide(path) as slide:
         assert slide.mpp == pytest.approx((2.0, 2.0))
@@ -152,7 +165,9 @@ def test_ome_ngff_of_both_versions(tmp_path, make, zarr_format, axes):
     named = [{"name": name, "type": "space", "unit": "micrometer"} for name in axes]
     transforms = [{"type": "scale", "scale": scale}]
     image = {"axes": named, "datasets": [{"path": "0", "coordinateTransformations": transforms}]}
-    group.attrs.put({"multiscales": [image]} if zarr_format == 2 else {"ome": {"version": "0.5", "multiscales": [image]}})
+    group.attrs.put(
+        {"multiscales": [image]} if zarr_format == 2 else {"ome": {"version": "0.5", "multiscales": [image]}}
+    )
     assert detect(path) == "folder-slide"
     with open_slide(path) as slide:
         assert slide.mpp == (0.25, 0.5)
@@ -250,5 +265,7 @@ def test_descriptions_can_be_shown_as_json(shared_data):
     with open_slide(shared_data / "slides" / "CMU-1-Small-Region.svs") as slide:
         about = slide.description
     assert json.loads(json.dumps([about.format, about.objective, about.associated])) == [
-        "aperio", 20.0, ["label", "macro", "thumbnail"],
+        "aperio",
+        20.0,
+        ["label", "macro", "thumbnail"],
     ]

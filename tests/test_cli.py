@@ -1,0 +1,279 @@
+"""The command line as users meet it: lines, exit codes, signals."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from wsi_idc.settings import ExtractSettings, InferSettings
+
+COMMANDS = ("extract", "infer", "status", "manifest", "info", "demo")
+HEAVY = ("torch", "tiatoolbox", "zarr", "dask", "distributed", "onnxruntime", "matplotlib", "scipy", "pydantic")
+
+
+def wsi_idc(*arguments, cwd=None, **environment):
+    """Run the command as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "wsi_idc.cli", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_imports_nothing_heavy(command):
+    code = f"""
+import sys
+from wsi_idc.cli import main
+try:
+    main({[*command, "--help"]!r})
+except SystemExit as end:
+    assert end.code == 0, end.code
+print(sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "Usage: " in done.stdout
+
+
+def test_every_command_is_tested_here():
+    listed = wsi_idc("--help").stdout.split("Commands:")[1]
+    assert set(re.findall(r"^  (\w+) ", listed, re.MULTILINE)) >= set(COMMANDS)
+
+
+def test_the_defaults_in_the_help_are_the_defaults():
+    text = " ".join(wsi_idc("extract", "--help").stdout.split())
+    settings = ExtractSettings()
+    for option, value in (
+        ("--tile-size", settings.tile.size_px),
+        ("--mpp", settings.tile.mpp),
+        ("--last", settings.tile.last),
+        ("--tissue", settings.tissue),
+        ("--min-tissue", settings.min_tissue),
+        ("--annotation-class", settings.annotation_class),
+    ):
+        assert re.search(rf"{option} [^\[]*\[default: {re.escape(str(value))}\]", text), option
+    text = " ".join(wsi_idc("infer", "--help").stdout.split())
+    assert f"[default: {InferSettings().batch_size}]" in text
+
+
+def test_the_way_from_a_manifest_to_maps(slides, bundle):
+    folder = slides.parent
+    done = wsi_idc("extract", slides, cwd=folder)
+    assert done.returncode == 1
+    assert re.search(r"^failed broken: cannot read the region", done.stderr, re.MULTILINE)
+    assert "done a: 24 tiles" in done.stdout
+    assert re.search(r"slides done +skipped +failed +tiles +seconds\n2 +0 +1 +72 ", done.stdout)
+    done = wsi_idc("infer", "--model", bundle, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    done = wsi_idc("infer", "--model", bundle, cwd=folder)
+    assert (done.returncode, done.stdout.strip()) == (0, "infer: nothing to do, 2 slides are up to date")
+    done = wsi_idc("status", cwd=folder)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[1][:4] == ["a", "yes", "24", "mean"]
+    assert lines[3][:2] == ["broken", "failed"]
+    assert (folder / "tiles.zarr").is_dir()
+
+
+def test_status_of_a_manifest_has_slides_that_were_never_tried(slides):
+    folder = slides.parent
+    wsi_idc("extract", slides, "--only", "a", cwd=folder)
+    states = [json.loads(line) for line in wsi_idc("status", slides, "--json", cwd=folder).stdout.splitlines()]
+    assert [(state["slide_id"], state["extracted"], state["tiles"]) for state in states] == [
+        ("a", "yes", 24),
+        ("b", "no", None),
+        ("broken", "no", None),
+    ]
+
+
+def test_json_is_one_object_a_line(slides, bundle):
+    done = wsi_idc("extract", slides, "--json", cwd=slides.parent)
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {event["event"] for event in events} == {"done", "failed", "summary"}
+    assert events[-1] == {
+        "event": "summary",
+        "command": "extract",
+        "done": 2,
+        "skipped": 0,
+        "failed": 1,
+        "tiles": 72,
+        "seconds": events[-1]["seconds"],
+    }
+    done = wsi_idc("infer", "--json", "--model", bundle, "--only", "a", cwd=slides.parent)
+    assert [json.loads(line)["event"] for line in done.stdout.splitlines()] == ["done", "summary"]
+
+
+def test_quiet_says_only_what_failed_and_verbose_what_was_skipped(slides):
+    done = wsi_idc("extract", slides, "-q", cwd=slides.parent)
+    assert done.stdout == "" and done.stderr.startswith("failed broken: ")
+    done = wsi_idc("extract", slides, "-v", cwd=slides.parent)
+    assert "skipped a: already done" in done.stdout
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(slides):
+    done = wsi_idc("extract", slides, "--dry-run", cwd=slides.parent)
+    assert done.stdout.splitlines() == ["run   a: new", "run   b: new", "run   broken: new"]
+    assert not (slides.parent / "tiles.zarr").exists()
+    wsi_idc("extract", slides, cwd=slides.parent)
+    done = wsi_idc("extract", slides, "--dry-run", "--tile-size", "64", cwd=slides.parent)
+    assert done.stdout.splitlines()[0] == "redo  a: tile size and stride changed"
+
+
+def test_no_pixels_and_the_other_options_arrive(slides):
+    done = wsi_idc(
+        "extract", slides, "--only", "a", "--no-pixels", "--tile-size", 100, "--mpp", 2.0, "--stride", 50,
+        "--last", "drop", "--tissue", "none", "--store", "other.zarr", cwd=slides.parent,
+    )  # fmt: skip
+    assert done.returncode == 1 or done.returncode == 0
+    attributes = json.loads((slides.parent / "other.zarr/slides/a/zarr.json").read_text())["attributes"]
+    made = attributes["complete"]["made_from"]
+    assert (made["tile size"], made["tile um/px"], made["stride"], made["edge rule"]) == (100, 2.0, 50, "drop")
+    assert (made["tissue"], made["pixels"]) == ("none", False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["extract", "none.csv"], "none.csv"),
+        (["extract", "manifest.csv", "--tile-size", "3"], "--tile-size: 3"),
+        (["extract", "manifest.csv", "--tissue", "magic"], "--tissue: 'magic'"),
+        (["extract", "manifest.csv", "--only", "aa"], "did you mean a?"),
+        (["extract", "manifest.csv", "--store", "a.tif"], "not a tile store"),
+        (["extract", "--tile-sise", "50"], "--tile-sise"),
+        (["extract"], "manifest"),
+        (["extarct"], "extarct"),
+        (["infer", "--model", "bundle"], "tiles.zarr: no such store"),
+        (["infer", "--model", "none"], "no bundle.json"),
+        (["infer"], "give a bundle's folder with --model"),
+        (["infer", "--model", "bundle", "--gpus", "1", "--workers", "2"], "cannot go with --workers"),
+        (["status"], "no such store"),
+        (["status", "none.csv"], "none.csv"),
+        (["manifest", "none"], "none"),
+        (["info", "none.svs", "--tissue", "x"], "--tissue"),
+    ],
+)
+def test_bad_usage_is_said_in_a_line_with_exit_code_2(slides, bundle, arguments, message):
+    before = sorted(slides.parent.rglob("*"))
+    done = wsi_idc(*arguments, cwd=slides.parent)
+    assert done.returncode == 2, done.stderr
+    assert message.lower() in done.stderr.lower()
+    assert "Traceback" not in done.stderr
+    assert sorted(slides.parent.rglob("*")) == before
+
+
+def test_gpus_that_are_not_there(slides, bundle):
+    wsi_idc("extract", slides, cwd=slides.parent)
+    done = wsi_idc("infer", "--model", bundle, "--gpus", 1, cwd=slides.parent, CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == ["wsi-idc: --gpus: 1 asked for, 0 found; leave --gpus out to run on the CPU"]
+
+
+def test_all_faults_of_a_manifest_are_told_at_once(tmp_path):
+    (tmp_path / "m.csv").write_text("path,mpp,split\nnone.svs,fast,trian\n,0.25,train\n")
+    done = wsi_idc("extract", "m.csv", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("line 2") == 3 and done.stderr.count("line 3") == 1
+    assert not (tmp_path / "tiles.zarr").exists()
+
+
+def test_a_store_that_is_held_is_exit_code_75(slides):
+    wsi_idc("extract", slides, cwd=slides.parent)
+    from wsi_idc.store import open_store
+
+    with open_store(slides.parent / "tiles.zarr", read_only=False).lock():
+        done = wsi_idc("extract", slides, "--force", cwd=slides.parent)
+    assert done.returncode == 75
+    assert "another run holds the store" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_run_says_so_and_goes_on_from_there(tmp_path, make, number, workers):
+    names = [f"s{index}" for index in range(12)]
+    for index, name in enumerate(names):
+        make.tissue_slide(tmp_path / f"{name}.tif", 1500, 1500, seed=index)
+    (tmp_path / "m.csv").write_text("path\n" + "\n".join(f"{name}.tif" for name in names))
+    command = [sys.executable, "-m", "wsi_idc.cli", "extract", "m.csv", "--workers", str(workers)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = process.stdout.readline()
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("wsi-idc: interrupted")
+    done = {line.split()[1].rstrip(":") for line in (first + output).splitlines() if line.startswith("done")}
+    after = wsi_idc("extract", "m.csv", "-v", cwd=tmp_path)
+    assert after.returncode == 0, after.stderr
+    skipped = {line.split()[1].rstrip(":") for line in after.stdout.splitlines() if line.startswith("skipped")}
+    assert done and done <= skipped < set(names)
+
+
+def test_a_run_that_is_killed_leaves_a_store_that_the_next_run_completes(tmp_path, make):
+    for index in range(6):
+        make.tissue_slide(tmp_path / f"s{index}.tif", 1500, 1500, seed=index)
+    (tmp_path / "m.csv").write_text("path\n" + "\n".join(f"s{index}.tif" for index in range(6)))
+    command = [sys.executable, "-m", "wsi_idc.cli", "extract", "m.csv"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.kill()
+    process.communicate(timeout=60)
+    done = wsi_idc("extract", "m.csv", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole = [json.loads(line) for line in wsi_idc("status", "--json", cwd=tmp_path).stdout.splitlines()]
+    assert [state["extracted"] for state in whole] == ["yes"] * 6
+    assert not list((tmp_path / "tiles.zarr").rglob("*.partial"))
+
+
+def test_output_that_nobody_reads_is_no_error(slides):
+    wsi_idc("extract", slides, cwd=slides.parent)
+    command = f"{sys.executable} -m wsi_idc.cli status | true"
+    done = subprocess.run(command, shell=True, cwd=slides.parent, capture_output=True, text=True, check=False)
+    time.sleep(0.1)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_a_manifest_of_a_folder_is_one_that_extract_takes(slides):
+    done = wsi_idc("manifest", ".", "-o", "new.csv", cwd=slides.parent)
+    assert done.returncode == 0, done.stderr
+    with (slides.parent / "new.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["slide_id"] for row in rows] == ["a", "b", "broken"]
+    assert wsi_idc("extract", "new.csv", "--dry-run", cwd=slides.parent).returncode == 0
+    assert wsi_idc("manifest", ".", cwd=slides.parent).stdout.startswith("path,slide_id,patient_id\n")
+
+
+def test_info_says_what_a_slide_is(slides):
+    fields = json.loads(wsi_idc("info", "a.tif", "--json", cwd=slides.parent).stdout)
+    assert fields["size"] == "500 x 400 px"
+    assert fields["um/px"] == "4 x 4 (TIFF resolution tag)"
+    assert fields["tiles"] == "24 of 80 with tissue (50 px at 4 um/px)"
+    done = wsi_idc("info", "a.tif", "--preview", "p.png", cwd=slides.parent)
+    assert done.returncode == 0
+    from PIL import Image
+
+    assert Image.open(slides.parent / "p.png").size == (250, 200)
+    assert wsi_idc("info", "a.tif", "--preview", "no/p.png", cwd=slides.parent).returncode == 2
+    assert wsi_idc("info", "manifest.csv", cwd=slides.parent).returncode == 1
+
+
+def test_a_defect_is_one_line_and_the_traceback_is_there_for_those_who_ask(slides, monkeypatch, capsys):
+    from wsi_idc import cli, status
+
+    monkeypatch.setattr(status, "slide_states", lambda *_: 1 / 0)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["status"])
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("wsi-idc: ZeroDivisionError: division by zero; a defect")
+    monkeypatch.setenv("WSI_IDC_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["status"])
