@@ -209,6 +209,11 @@ def test_a_bundle_is_never_overwritten(make_store, patients, tmp_path):
         run(make_store(patients).path, tmp_path / "bundle", TrainSettings(**QUICK), say=quiet)
 
 
+def test_a_name_that_cannot_be_a_bundles_is_refused(make_store, patients, tmp_path):
+    with pytest.raises(UsageError, match="the bundle's name"):
+        run(make_store(patients).path, tmp_path / ".hidden", TrainSettings(**QUICK), say=quiet)
+
+
 def test_starting_and_learning_from_other_bundles(make_store, patients, tmp_path):
     store = make_store(patients)
     run(store.path, tmp_path / "first", TrainSettings(**QUICK), say=quiet)

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from wsi_idc.errors import UsageError
-from wsi_idc.model.bundle import Bundle, LoadedBundle, read_bundle
+from wsi_idc.manifest import check_slide_id
+from wsi_idc.model.bundle import LoadedBundle, read_bundle
 from wsi_idc.model.network import TileNetwork, build_network, load_weights
 from wsi_idc.settings import TileSpec, digest
 from wsi_idc.store import open_store
@@ -98,7 +99,8 @@ def run_split(
     from wsi_idc.train.finish import finish
 
     work = out.with_name(out.name + ".training")
-    Bundle.model_validate({"format": "wsi-idc-model/1", "name": out.name, "tile": tiles.spec.content()})
+    if fault := check_slide_id(out.name):
+        raise UsageError(f"--out {out}", f"the bundle's name {fault}", "choose another name")
     if out.exists() and _rank() == 0:
         raise UsageError(out, "is there already", "choose another --out, or remove it")
     _prepare(work, {"settings": settings.content(), "data": tiles.identity}, resume=resume)

@@ -1,0 +1,57 @@
+"""torch, meant for CUDA and run here on the CPU device, gives the probabilities of the graph."""
+
+import json
+
+import numpy as np
+import pytest
+
+from wsi_idc.errors import ModelError
+from wsi_idc.model.bundle import read_bundle
+from wsi_idc.model.runtime import OnnxRuntime, TorchRuntime
+
+
+def test_a_bundle_without_weights_cannot_run_on_a_gpu(bundle):
+    with pytest.raises(ModelError, match=r"model\.safetensors are needed on a GPU"):
+        TorchRuntime(read_bundle(bundle), "cpu")
+
+
+@pytest.fixture
+def trained(bundle):
+    """A bundle with a network (of random weights) in all its forms."""
+    import torch
+
+    from wsi_idc.model.config import NetworkConfig
+    from wsi_idc.model.network import build_network, export_onnx, save_weights
+
+    torch.manual_seed(3)
+    config = NetworkConfig(kind="idc-2016", input_px=32)
+    network = build_network(config).eval()
+    save_weights(network, bundle / "model.safetensors")
+    export_onnx(network, bundle / "model.onnx")
+    fields = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps({**fields, "network": config.model_dump(mode="json")}))
+    return bundle
+
+
+def test_weights_and_graph_agree(trained):
+    loaded = read_bundle(trained)
+    tiles = np.random.default_rng(0).integers(0, 256, (40, 50, 50, 3), dtype=np.uint8)
+    by_graph = OnnxRuntime(loaded, "float32", 1).predict(tiles)
+    by_torch = TorchRuntime(loaded, "cpu").predict(tiles)
+    assert by_torch.dtype == np.float32 and by_torch.shape == (40,)
+    assert by_graph.std() > 0
+    assert np.abs(by_graph - by_torch).max() < 1e-4
+
+
+def test_a_probability_does_not_depend_on_the_batch_or_the_threads(trained):
+    loaded = read_bundle(trained)
+    tiles = np.random.default_rng(0).integers(0, 256, (40, 50, 50, 3), dtype=np.uint8)
+    whole = OnnxRuntime(loaded, "float32", 2).predict(tiles)
+    single = OnnxRuntime(loaded, "float32", 1)
+    assert np.allclose(whole, np.concatenate([single.predict(tiles[n : n + 1]) for n in range(40)]), atol=1e-6)
+
+
+def test_weights_that_are_damaged_are_named(trained):
+    (trained / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ModelError):
+        TorchRuntime(read_bundle(trained), "cpu")
