@@ -15,8 +15,12 @@ def on_a_terminal(arguments, cwd):
     leader, follower = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "wsi_idc.cli", *map(str, arguments)],
-        cwd=cwd, stdin=follower, stdout=follower, stderr=follower, env={**os.environ, "COLUMNS": "110", "TERM": "xterm"},
-    )  # fmt: skip
+        cwd=cwd,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env={**os.environ, "COLUMNS": "110", "TERM": "xterm"},
+    )
     os.close(follower)
     output = b""
     while True:
