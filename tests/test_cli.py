@@ -13,7 +13,7 @@ import pytest
 
 from wsi_idc.settings import ExtractSettings, InferSettings
 
-COMMANDS = ("extract", "infer", "status", "manifest", "info", "demo")
+COMMANDS = ("extract", "infer", "train", "evaluate", "status", "manifest", "info", "demo")
 HEAVY = ("torch", "tiatoolbox", "zarr", "dask", "distributed", "onnxruntime", "matplotlib", "scipy", "pydantic")
 
 

@@ -199,6 +199,135 @@ def infer(
 
 
 @app.command()
+def train(
+    store: StoreOption = DEFAULT_STORE,
+    out: Annotated[Path, typer.Option(help="The bundle to write.", metavar="BUNDLE")] = Path("model"),
+    recipe: Annotated[str | None, typer.Option(help="default or seed. [default: default]")] = None,
+    network: Annotated[str | None, typer.Option(help="resnet50 or idc-2016. [default: resnet50]")] = None,
+    activation: Annotated[str | None, typer.Option(help="relu or elu. [default: the recipe's]")] = None,
+    stem: Annotated[str | None, typer.Option(help="standard, stride-1 or no-pool. [default: standard]")] = None,
+    input_px: Annotated[int | None, typer.Option(help="Side the network works at. [default: 50, or 32]")] = None,
+    flips: Annotated[str | None, typer.Option(help="none, or averaged at inference. [default: the recipe's]")] = None,
+    init: Annotated[Path | None, typer.Option(help="Start from this bundle's weights.", metavar="BUNDLE")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Also learn this bundle's answers.", metavar="BUNDLE")] = None,
+    split_by: Annotated[
+        str | None, typer.Option(help="patient; or tile, which leaks and warns. [default: patient]")
+    ] = None,
+    val_split: Annotated[
+        float | None, typer.Option(help="Part of the patients that validate, where none has a split. [default: 0.15]")
+    ] = None,
+    folds: Annotated[int | None, typer.Option(help="Cross-validate by patient; 0: train once. [default: 0]")] = None,
+    positive_from: Annotated[
+        float | None, typer.Option(help="IDC part that makes a tile positive. [default: 0.5]")
+    ] = None,
+    balance: Annotated[str | None, typer.Option(help="none, weights or sampling. [default: none]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="[default: the recipe's]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="[default: the recipe's]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate. [default: the recipe's]")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Epochs without gain; 0: never stop. [default: the recipe's]")
+    ] = None,
+    mixup: Annotated[float | None, typer.Option(help="[default: the recipe's]")] = None,
+    smoothing: Annotated[float | None, typer.Option(help="Label smoothing. [default: the recipe's]")] = None,
+    seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs to train on; 0: the CPU.")] = 0,
+    processes: Annotated[int | None, typer.Option(help="CPU processes that share a batch. [default: 1]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run was broken off.")] = False,
+    json_lines: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a network on the labelled tiles of a store, and write a model bundle."""
+    console = _console(json_lines=json_lines, quiet=quiet)
+    from wsi_idc.settings import build
+    from wsi_idc.train import TrainSettings, run
+
+    settings = build(
+        TrainSettings,
+        recipe=recipe,
+        network=network,
+        activation=activation,
+        stem=stem,
+        input_px=input_px,
+        flips=flips,
+        init=init,
+        teacher=teacher,
+        split_by=split_by,
+        val_split=val_split,
+        folds=folds,
+        positive_from=positive_from,
+        balance=balance,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        patience=patience,
+        mixup=mixup,
+        smoothing=smoothing,
+        seed=seed,
+        gpus=gpus,
+        processes=processes,
+    )
+    result = run(store, out, settings, say=console.line, resume=resume, progress=console.draws)
+    console.record("trained", bundle=str(result.bundle), epochs=result.epochs, figures=result.figures)
+    for note in result.notes:
+        console.line(note)
+    console.table(
+        ["figure", "value", "95 % interval"],
+        [[name, f"{value:.3f}", f"{low:.3f} to {high:.3f}"] for name, (value, low, high) in result.figures.items()],
+    )
+    console.line(f"wrote {result.bundle}. {USE}")
+
+
+@app.command()
+def evaluate(
+    store: StoreOption = DEFAULT_STORE,
+    model: Annotated[
+        list[Path] | None, typer.Option(help="A model bundle's folder; several are compared.", metavar="BUNDLE")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, val, test, or all slides with labels.")] = "test",
+    out: Annotated[Path, typer.Option(help="Folder for tables, plots and page.", metavar="DIR")] = Path("evaluation"),
+    positive_from: Annotated[float, typer.Option(help="IDC part that makes a tile positive.")] = 0.5,
+    trained_on: Annotated[
+        bool, typer.Option("--trained-on", help="Also judge a model on patients it was trained on, and say so.")
+    ] = False,
+    json_lines: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare the maps of a store with its labels: figures with intervals, plots, one HTML page."""
+    console = _console(json_lines=json_lines, quiet=quiet)
+    if not model:
+        raise UsageError("--model", "no model ships with this version yet", "give a bundle's folder with --model")
+    if split not in ("train", "val", "test", "all"):
+        raise UsageError("--split", f"{split!r} is not a split", "give train, val, test or all")
+    from typing import cast
+
+    from wsi_idc.evaluate.gather import SplitName, gather
+    from wsi_idc.evaluate.metrics import evaluate as compute
+    from wsi_idc.model.bundle import read_bundle
+    from wsi_idc.store import open_store
+
+    found = gather(
+        open_store(store),
+        [read_bundle(folder) for folder in model],
+        cast(SplitName, split),
+        positive_from=positive_from,
+        trained_on=trained_on,
+    )
+    results = compute(found.models)
+    from wsi_idc.evaluate.report import as_json, difference_rows, summary_rows, write_report
+
+    context = {"store": str(store), "split": split, "positive from": positive_from}
+    files = write_report(out, results, notes=found.notes, context=context)
+    if json_lines:
+        console.record("evaluation", **as_json(results, found.notes, context))
+    for note in [*found.notes, *results.notes()]:
+        console.line(f"note: {note}")
+    for rows in (summary_rows(results), difference_rows(results)):
+        if rows:
+            console.table(list(rows[0]), [list(row.values()) for row in rows])
+    console.line(f"wrote {files[-1]} and {len(files) - 1} files beside it. {USE}")
+
+
+@app.command()
 def status(
     manifest: Annotated[Path | None, typer.Argument(help="Show the slides of this manifest; else the store's.")] = None,
     store: StoreOption = DEFAULT_STORE,

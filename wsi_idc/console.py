@@ -29,6 +29,11 @@ class Console:
     def __init__(self, *, json_lines: bool = False, verbosity: int = 0) -> None:
         self.json_lines, self.verbosity = json_lines, verbosity
 
+    @property
+    def draws(self) -> bool:
+        """Whether progress is drawn: on a terminal, unless quiet or in JSON."""
+        return sys.stderr.isatty() and not self.json_lines and self.verbosity >= 0
+
     def line(self, text: str, *, level: int = 0) -> None:
         """A line of result, unless quieter than its level."""
         if not self.json_lines and self.verbosity >= level:
@@ -116,7 +121,7 @@ class ProgressFactory:
 
     def __call__(self, slides: Sequence[str]) -> "Listener":
         """The listener for the slides that will be run."""
-        if slides and sys.stderr.isatty() and not self._console.json_lines and self._console.verbosity >= 0:
+        if slides and self._console.draws:
             self._bar = _make_bar()
             self._bar.start()
         return SlideListener(self._console, self._verb, len(slides), self._bar)

@@ -1,0 +1,95 @@
+"""What is evaluated is what the store holds, and never what the model was trained on unawares."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from wsi_idc.errors import UsageError
+from wsi_idc.evaluate.gather import gather
+from wsi_idc.extract import extract
+from wsi_idc.infer import infer
+from wsi_idc.manifest import read_manifest
+from wsi_idc.model.bundle import read_bundle
+from wsi_idc.settings import ExtractSettings, InferSettings
+from wsi_idc.store import open_store
+
+SQUARE = [[100, 100], [250, 100], [250, 250], [100, 250], [100, 100]]
+
+
+@pytest.fixture
+def store(tmp_path, make, recorder, bundle):
+    """Four patients with annotations, two in test, scored; a fifth without labels."""
+    feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [SQUARE]}}
+    feature["properties"] = {"classification": {"name": "IDC"}}
+    (tmp_path / "idc.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    lines = ["path,patient_id,annotation,split"]
+    for index, split in enumerate(("train", "val", "test", "test", "test")):
+        make.tissue_slide(tmp_path / f"s{index}.tif", seed=index)
+        lines.append(f"s{index}.tif,p{index},{'idc.geojson' if index < 4 else ''},{split}")
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    extract(read_manifest(tmp_path / "m.csv"), tmp_path / "tiles.zarr", ExtractSettings(), listener=recorder)
+    infer(tmp_path / "tiles.zarr", read_bundle(bundle), InferSettings(), listener=recorder)
+    return open_store(tmp_path / "tiles.zarr")
+
+
+def card(bundle, **training):
+    file = bundle / "bundle.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "training": training}))
+    return read_bundle(bundle)
+
+
+def judge(store, bundle, split="test", trained_on=False):
+    return gather(store, [bundle], split, positive_from=0.5, trained_on=trained_on)
+
+
+def test_the_labelled_tiles_of_the_split_are_what_is_judged(store, bundle):
+    found = judge(store, read_bundle(bundle))
+    (model,) = found.models
+    assert set(model.slide.tolist()) == {"s2", "s3"}
+    assert len(model) == 48 and model.truth.sum() == 2 * 9
+    expected = np.asarray(store.map_node("mean", "s2").array("probability")[...])
+    assert np.array_equal(model.probability[:24], expected)
+    assert found.notes == ["mean does not say which patients it was trained on"]
+    assert len(judge(store, read_bundle(bundle), "all").models[0]) == 4 * 24
+
+
+def test_patients_that_the_model_was_trained_on_are_refused_unless_asked_for(store, bundle):
+    trained = card(bundle, train_patients=["p2", "px"], val_patients=["p3"])
+    with pytest.raises(UsageError, match=r"mean was trained on 1 of these 2 patients \(p2, ...\)"):
+        judge(store, trained)
+    notes = judge(store, trained, trained_on=True).notes
+    assert "its figures flatter it" in notes[0]
+    assert notes[1] == "mean was chosen and calibrated on 1 of these 2 patients"
+    assert judge(store, card(bundle, train_patients=["p0"], val_patients=["p1"])).notes == []
+
+
+def test_what_cannot_be_judged_is_one_line(store, bundle, make, tmp_path, recorder):
+    with pytest.raises(UsageError, match="two bundles are named mean"):
+        gather(store, [read_bundle(bundle)] * 2, "test", positive_from=0.5, trained_on=False)
+    with pytest.raises(UsageError, match="has no map by other"):
+        judge(store, read_bundle(make.write_bundle(tmp_path / "other", name="other")))
+    changed = make.write_bundle(tmp_path / "changed")
+    (changed / "model.onnx").write_bytes((changed / "model.onnx").read_bytes() + b"\0")
+    with pytest.raises(UsageError, match="another version"):
+        judge(store, read_bundle(changed))
+
+
+def test_the_command_writes_a_report_and_refuses_in_a_line(store, bundle, tmp_path, monkeypatch):
+    from wsi_idc.cli import app
+
+    def run(*arguments):
+        return CliRunner().invoke(app, ["evaluate", "--store", str(store.path), *map(str, arguments)])
+
+    out = tmp_path / "report"
+    done = run("--model", bundle, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "ROC AUC" in done.output and "note: mean does not say" in done.output
+    assert "Research use only" in (out / "report.html").read_text()
+    again = run("--model", bundle, "--out", out, "--json")
+    assert json.loads(again.output.splitlines()[-1])["event"] == "evaluation"
+    card(bundle, train_patients=["p2"])
+    assert isinstance(run("--model", bundle).exception, UsageError)
+    assert isinstance(run("--model", bundle, "--split", "tset").exception, UsageError)
+    assert isinstance(run().exception, UsageError)
