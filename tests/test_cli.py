@@ -277,3 +277,24 @@ def test_a_defect_is_one_line_and_the_traceback_is_there_for_those_who_ask(slide
     monkeypatch.setenv("WSI_IDC_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         cli.main(["status"])
+
+
+def test_a_full_disk_fails_slides_by_name_and_loses_nothing_that_was_done(slides):
+    """A limit on the size of files stands for the disk: the same OSError from the same place."""
+    folder = slides.parent
+    wsi_idc("extract", slides, "--only", "a", cwd=folder)
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+        "from wsi_idc.cli import main; main(['extract', 'manifest.csv'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "failed b: File too large" in done.stderr and "Traceback" not in done.stderr
+    states = {
+        state["slide_id"]: state
+        for state in map(json.loads, wsi_idc("status", "--json", cwd=folder).stdout.splitlines())
+    }
+    assert states["a"]["extracted"] == "yes"
+    assert states["b"]["extracted"] == "failed"
+    assert "done b" in wsi_idc("extract", slides, cwd=folder).stdout

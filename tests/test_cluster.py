@@ -42,6 +42,8 @@ class Sum:
         return Outcome("done", tiles=sum(results))
 
     def fail(self, reason):
+        if self.misbehave == "disk":
+            raise OSError(28, "No space left on device")
         if self.notes:
             Path(self.notes, self.job_id).write_text(reason)
 

@@ -54,6 +54,14 @@ def test_a_failure_hides_an_older_result_without_removing_it(store):
     assert node.record().failed is None
 
 
+def test_what_a_failed_attempt_left_is_removed(store):
+    node = store.slide_node("a")
+    node.begin()
+    node.put("cell", np.zeros((3, 2), np.int32), ("tile", "axis"))
+    node.fail("disk full")
+    assert [path.name for path in node.folder.iterdir()] == ["zarr.json"]
+
+
 def test_a_slide_that_was_never_begun_can_fail(store):
     store.slide_node("a").fail("no such thing")
     assert store.slide_node("a").record().failed == "no such thing"

@@ -15,7 +15,7 @@ import typer
 
 from wsi_idc import __version__
 from wsi_idc.console import USE, Console
-from wsi_idc.errors import UsageError, WsiIdcError
+from wsi_idc.errors import UsageError, WsiIdcError, system_reason
 
 if TYPE_CHECKING:
     from wsi_idc.cluster import Summary
@@ -442,6 +442,9 @@ def main(arguments: list[str] | None = None) -> Any:
         # The reader of our output is gone (`| head`): that is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
+    except OSError as error:
+        _current.error(WsiIdcError("", system_reason(error), "what was complete is kept"))
+        sys.exit(1)
     except Exception as error:
         if os.environ.get("WSI_IDC_DEBUG"):
             raise

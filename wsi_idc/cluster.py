@@ -5,15 +5,15 @@ carry ids and paths, never pixels; workers open slides and models themselves. Th
 in N local processes or in one process a GPU.
 """
 
+import contextlib
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from wsi_idc.errors import UsageError, WsiIdcError
+from wsi_idc.errors import UsageError, WsiIdcError, system_reason
 from wsi_idc.plan import Plan
 
 TOPIC = "wsi-idc"
@@ -164,7 +164,7 @@ def visible_gpus(count: int) -> list[str]:
     return names[:count]
 
 
-@contextmanager
+@contextlib.contextmanager
 def connect(workers: Workers) -> Iterator[Any]:
     """A Dask client of the workers, which end with it. All that listens does so on the loopback address."""
     import logging
@@ -245,8 +245,7 @@ def run_jobs(client: Any, workers: Workers, jobs: Sequence[Job], listener: Liste
     for job in suspects:
         if _drive(client, [job], 1, listener, end):
             reason = "its worker process died twice (killed, or out of memory); try fewer --workers"
-            job.fail(reason)
-            end(job, Outcome("failed", reason=reason))
+            end(job, _fail(job, reason))
     client.unsubscribe_topic(TOPIC)
     return outcomes
 
@@ -313,11 +312,17 @@ def _drive(
             if active.died:
                 suspects.append(job)
             elif active.error:
-                job.fail(active.error.reason)
-                end(job, Outcome("failed", reason=active.error.reason))
+                end(job, _fail(job, active.error.reason))
         future.release()
         begin()
     return suspects
+
+
+def _fail(job: Job, reason: str) -> Outcome:
+    """Keep why a job failed; where even that cannot be written (a full disk), it is told all the same."""
+    with contextlib.suppress(OSError):
+        job.fail(reason)
+    return Outcome("failed", reason=reason)
 
 
 def _guarded(call: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:
@@ -329,7 +334,7 @@ def _guarded(call: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:
     except MemoryError:
         return "error", WsiIdcError("", "out of memory", "try fewer --workers or a smaller --batch-size")
     except OSError as error:
-        return "error", WsiIdcError("", f"{error.strerror or type(error).__name__} ({error.filename or error})")
+        return "error", WsiIdcError("", system_reason(error))
     except Exception as error:
         return "error", WsiIdcError(
             "", f"{type(error).__name__}: {error}", "this looks like a defect, please report it"

@@ -17,6 +17,12 @@ An error says which input, what is wrong, and what to do, in one line.
 from collections.abc import Sequence
 
 
+def system_reason(error: OSError) -> str:
+    """What the system says of a file operation that failed, and of which file where it says so."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{reason} ({error.filename})" if error.filename else reason
+
+
 class WsiIdcError(Exception):
     """One line for the user: `subject: problem; advice`."""
 

@@ -154,8 +154,13 @@ class Node:
         self.group.attrs.put({**self.record().attributes, **attributes})
 
     def fail(self, reason: str) -> None:
-        """Keep why the last attempt failed; an older result is kept beside it, out of readers' sight."""
+        """Keep why the last attempt failed; an older result is kept beside it, out of readers' sight.
+
+        What a broken attempt left is removed: on a full disk the next slides need the room.
+        """
         kept = self.record().attributes
+        if "complete" not in kept and self.folder.exists():
+            shutil.rmtree(self.folder)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.__dict__.pop("group", None)
         self.group.attrs.put({**kept, "failed": reason})
