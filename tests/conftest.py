@@ -7,6 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from hypothesis import settings
+
+# No test asserts on time, hypothesis's own included.
+settings.register_profile("project", deadline=None)
+settings.load_profile("project")
 
 REPOSITORY = Path(__file__).parent.parent
 

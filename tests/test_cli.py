@@ -254,9 +254,11 @@ def test_a_manifest_of_a_folder_is_one_that_extract_takes(slides):
 
 def test_info_says_what_a_slide_is(slides):
     fields = json.loads(wsi_idc("info", "a.tif", "--json", cwd=slides.parent).stdout)
-    assert fields["size"] == "500 x 400 px"
-    assert fields["um/px"] == "4 x 4 (TIFF resolution tag)"
-    assert fields["tiles"] == "24 of 80 with tissue (50 px at 4 um/px)"
+    assert (fields["size"], fields["mpp"], fields["mpp_source"]) == ([500, 400], [4.0, 4.0], "TIFF resolution tag")
+    assert (fields["tiles"], fields["cells"], fields["levels"]) == (24, 80, [{"size": [500, 400], "mpp": 4.0}])
+    lines = wsi_idc("info", "a.tif", cwd=slides.parent).stdout.splitlines()
+    assert "size        500 x 400 px, 2 x 1.6 mm" in lines
+    assert "tiles       24 of 80 have tissue (50 px at 4 um/px)" in lines
     done = wsi_idc("info", "a.tif", "--preview", "p.png", cwd=slides.parent)
     assert done.returncode == 0
     from PIL import Image

@@ -200,3 +200,38 @@ def test_faults_of_a_split_file_are_named(tmp_path: Path, text: str, said: str) 
     path.write_text(text)
     with pytest.raises(ManifestError, match=said):
         read_split_file(path)
+
+
+def test_what_was_left_out_is_told_in_lines():
+    from wsi_idc.scan import LeftOut
+
+    left_out = LeftOut(copies=1, others=2, unreadable=[Path("a b")])
+    assert left_out.lines() == [
+        "left out 1 folder of patches: a second copy of a patient found nearer the top",
+        "left out 2 files that no reader knows as a slide",
+        "left out 'a b': cannot be read",
+    ]
+    assert LeftOut().lines() == []
+
+
+def test_the_real_detect_finds_slides_patches_and_dicom_folders(tmp_path):
+    from wsi_idc.slides import detect
+
+    dicom = b"\0" * 128 + b"DICM"
+    (tmp_path / "series").mkdir()
+    (tmp_path / "series" / "1").write_bytes(dicom)
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "b.dcm").write_bytes(dicom)
+    (tmp_path / "mixed" / "c.svs").write_bytes(b"")
+    place = tmp_path / "8863" / "0"
+    place.mkdir(parents=True)
+    (place / "8863_idx5_x51_y1_class0.png").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("x")
+    found = scan(tmp_path, detect)
+    assert [str(row.path.relative_to(tmp_path)) for row in found.rows] == [
+        "8863",
+        "mixed/b.dcm",
+        "mixed/c.svs",
+        "series",
+    ]
+    assert found.left_out.others == 1

@@ -40,6 +40,9 @@ OnlyOption = Annotated[
 WorkersOption = Annotated[
     int, typer.Option("--workers", help="Local worker processes; 0: all in this process, by threads.")
 ]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", help="CPU threads of each task. [default: the cores, shared evenly]")
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Do again what is up to date.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
@@ -118,6 +121,7 @@ def extract(
         bool, typer.Option("--no-pixels", help="Store where the tiles are, not their pixels.")
     ] = False,
     workers: WorkersOption = 0,
+    threads: ThreadsOption = None,
     only: OnlyOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
@@ -139,6 +143,7 @@ def extract(
         annotation_class=annotation_class,
         pixels=not no_pixels,
         workers=workers,
+        threads=threads,
     )
     rows = _limit(read_manifest(manifest), only)
     from wsi_idc import extract as stage
@@ -162,6 +167,7 @@ def infer(
         Path | None, typer.Option(envvar="WSI_IDC_MODEL", help="A model bundle's folder.", metavar="BUNDLE")
     ] = None,
     workers: WorkersOption = 0,
+    threads: ThreadsOption = None,
     gpus: Annotated[int, typer.Option(help="GPUs to use, one process each; 0: the CPU.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Tiles scored together. [default: 64]")] = None,
     precision: Annotated[
@@ -178,7 +184,9 @@ def infer(
     console = _console(json_lines=json_lines, quiet=quiet, verbose=verbose)
     from wsi_idc.settings import InferSettings, build
 
-    settings = build(InferSettings, batch_size=batch_size, workers=workers, gpus=gpus, precision=precision)
+    settings = build(
+        InferSettings, batch_size=batch_size, workers=workers, threads=threads, gpus=gpus, precision=precision
+    )
     if settings.gpus and settings.workers:
         raise UsageError("--gpus", "cannot go with --workers", "leave one of them out")
     if model is None:
@@ -206,7 +214,7 @@ def train(
     network: Annotated[str | None, typer.Option(help="resnet50 or idc-2016. [default: resnet50]")] = None,
     activation: Annotated[str | None, typer.Option(help="relu or elu. [default: the recipe's]")] = None,
     stem: Annotated[str | None, typer.Option(help="standard, stride-1 or no-pool. [default: standard]")] = None,
-    input_px: Annotated[int | None, typer.Option(help="Side the network works at. [default: 50, or 32]")] = None,
+    input_px: Annotated[int | None, typer.Option("--input", help="Side the network sees. [default: 50, or 32]")] = None,
     flips: Annotated[str | None, typer.Option(help="none, or averaged at inference. [default: the recipe's]")] = None,
     init: Annotated[Path | None, typer.Option(help="Start from this bundle's weights.", metavar="BUNDLE")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Also learn this bundle's answers.", metavar="BUNDLE")] = None,
@@ -392,16 +400,14 @@ def info(
 ) -> None:
     """Say what a slide is: format, size, levels, um/px, tissue tiles."""
     console = _console(json_lines=json_lines)
-    from wsi_idc.info import describe_slide
+    from wsi_idc.info import describe_slide, info_lines
     from wsi_idc.settings import ExtractSettings, build
 
     settings = build(ExtractSettings, tissue=tissue, min_tissue=min_tissue)
     fields = describe_slide(slide, mpp, settings, preview)
     console.record("info", **fields)
-    for name, value in fields.items():
-        lines = value if isinstance(value, list) else [value]
-        for index, line in enumerate(lines):
-            console.line(f"{name.replace('_', ' ') if not index else '':12}  {line}")
+    for line in info_lines(fields):
+        console.line(line)
 
 
 @app.command()

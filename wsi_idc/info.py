@@ -11,7 +11,12 @@ from wsi_idc.slides import open_slide
 
 
 def describe_slide(path: Path, mpp: float | None, settings: ExtractSettings, preview: Path | None) -> dict[str, Any]:
-    """The facts of a slide, in the order in which they are shown; draws the preview where one is asked for.
+    """The facts of a slide as plain values; draws the preview where one is asked for.
+
+    Returns:
+        path, format, reader; size in level-0 pixels (width, height); mpp in um/px (x, y) and mpp_source; levels, each
+        with its size and um/px; objective (magnification, or None); associated pictures; the grid in words; tiles with
+        tissue, and cells of the grid; warnings; preview.
 
     Raises:
         SlideError: it cannot be opened or read.
@@ -21,20 +26,22 @@ def describe_slide(path: Path, mpp: float | None, settings: ExtractSettings, pre
         grid = Grid(settings.tile, slide.size, slide.mpp)
         thumbnail, mask, cells, _ = find_tissue(slide, settings, None, grid)
         about = slide.description
-        fields = {
+        fields: dict[str, Any] = {
             "path": str(path),
             "format": about.format,
             "reader": about.reader,
-            "size": f"{slide.size[0]} x {slide.size[1]} px",
-            "um/px": f"{slide.mpp[0]:.6g} x {slide.mpp[1]:.6g} ({slide.mpp_source})",
+            "size": list(slide.size),
+            "mpp": list(slide.mpp),
+            "mpp_source": slide.mpp_source,
             "levels": [
-                f"{number}: {level.size[0]} x {level.size[1]} px, {slide.level_mpp(number):.4g} um/px"
-                for number, level in enumerate(slide.levels)
+                {"size": list(level.size), "mpp": slide.level_mpp(number)} for number, level in enumerate(slide.levels)
             ],
-            "objective": f"{about.objective:g}x" if about.objective else "unknown",
-            "associated": ", ".join(about.associated) or "none",
-            "tiles": f"{len(cells)} of {len(grid)} with tissue ({settings.tile})",
-            "warnings": slide.warnings or "none",
+            "objective": about.objective,
+            "associated": list(about.associated),
+            "grid": str(settings.tile),
+            "tiles": len(cells),
+            "cells": len(grid),
+            "warnings": slide.warnings,
         }
     if preview is not None:
         from PIL import Image
@@ -45,8 +52,33 @@ def describe_slide(path: Path, mpp: float | None, settings: ExtractSettings, pre
         try:
             picture.save(preview)
         except (OSError, ValueError) as error:
-            raise UsageError(
-                preview, f"cannot be written ({error})", "give a .png file in an existing folder"
-            ) from error
+            advice = "give a .png file in an existing folder"
+            raise UsageError(preview, f"cannot be written ({error})", advice) from error
         fields["preview"] = str(preview)
     return fields
+
+
+def info_lines(fields: dict[str, Any]) -> list[str]:
+    """The same, as a person reads it: a line each, names in a column."""
+    width, height = fields["size"]
+    x, y = fields["mpp"]
+    objective = fields["objective"]
+    shown: list[tuple[str, str]] = [
+        ("path", fields["path"]),
+        ("format", f"{fields['format']}, read by {fields['reader']}"),
+        ("size", f"{width} x {height} px, {width * x / 1000:.4g} x {height * y / 1000:.4g} mm"),
+        ("um/px", f"{x:.6g} x {y:.6g} ({fields['mpp_source']})"),
+        *(
+            (
+                "levels" if not number else "",
+                f"{number}: {level['size'][0]} x {level['size'][1]} px, {level['mpp']:.4g} um/px",
+            )
+            for number, level in enumerate(fields["levels"])
+        ),
+        ("objective", f"{objective:g}x" if objective else "unknown"),
+        ("associated", ", ".join(fields["associated"]) or "none"),
+        ("tiles", f"{fields['tiles']:,} of {fields['cells']:,} have tissue ({fields['grid']})"),
+        *(("warning", line) for line in fields["warnings"]),
+        *([("preview", fields["preview"])] if "preview" in fields else []),
+    ]
+    return [f"{name:10}  {text}" for name, text in shown]

@@ -51,12 +51,13 @@ class LeftOut:
     def lines(self) -> list[str]:
         """What was left out, as a user reads it."""
         counts = [
-            (self.copies, "folders of patches left out: a second copy of a patient found nearer the top"),
-            (self.others, "files left out: no slides"),
+            (self.copies, "folder", "of patches: a second copy of a patient found nearer the top"),
+            (self.others, "file", "that no reader knows as a slide"),
         ]
         faults = [(self.unreadable, "cannot be read"), (self.unwritable, "its path cannot be written in UTF-8")]
         named = [f"left out {str(path)!r}: {why}" for paths, why in faults for path in paths]
-        return [*(f"{count} {what}" for count, what in counts if count), *named]
+        told = [f"left out {count} {noun}{'s' if count != 1 else ''} {why}" for count, noun, why in counts if count]
+        return [*told, *named]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ _TIFF = {".svs", ".tif", ".tiff", ".btf", ".scn", ".bif", ".ndpi", ".svslide", "
 _OPENSLIDE_ONLY = {".mrxs", ".vms", ".vmu", ".czi"}
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 _JP2 = {".jp2", ".j2k", ".jpx"}
-_DICOM = {".dcm", ".dicom"}
+_SUFFIXES = _TIFF | _OPENSLIDE_ONLY | _PICTURES | _JP2
 
 
 class Slide:
@@ -176,12 +176,12 @@ def _resolve_mpp(
         return (asked, asked), "manifest"
     if found is None:
         hint = f"the objective is {description.objective:g}x, " if description.objective else ""
-        raise ResolutionError(path, "the file has no um/px", f"{hint}give it in the manifest's column mpp (or --mpp)")
+        raise ResolutionError(path, "the file has no um/px", f"{hint}give it in the manifest's column mpp (info: --mpp)")
     if not possible:
         raise ResolutionError(
             path,
             f"um/px {found[0]:.4g} ({description.mpp_source}) is impossible, it must be within {low} to {high:g}",
-            "give the true one in the manifest's column mpp (or --mpp)",
+            "give the true one in the manifest's column mpp (info: --mpp)",
         )
     return found, description.mpp_source
 
@@ -193,9 +193,10 @@ def detect(path: Path) -> Literal["slide", "folder-slide", "patches"] | None:
             return "patches"
         if (path / "zarr.json").is_file() or (path / ".zattrs").is_file():
             return "folder-slide" if _looks_like_ngff(path) else None
-        return "folder-slide" if any(_is_dicom(child) for child in _first_files(path)) else None
-    suffix = path.suffix.lower()
-    if suffix in _TIFF | _OPENSLIDE_ONLY | _PICTURES | _JP2:
+        files = _first_files(path)
+        mixed = any(child.suffix.lower() in _SUFFIXES for child in files)
+        return "folder-slide" if not mixed and any(map(_is_dicom, files)) else None
+    if path.suffix.lower() in _SUFFIXES:
         return "slide"
     return "slide" if _is_dicom(path) else None
 
