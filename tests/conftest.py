@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,25 @@ def shared_data() -> Path:
     if not place.is_dir():
         pytest.skip("the real data is not here: set WSI_IDC_DATA, or put it at ../shared/data")
     return place
+
+
+@pytest.fixture(scope="session")
+def idc_slide(shared_data: Path, tmp_path_factory):
+    """Gives a complete patient's folder: `idc-<patient>.tif` with `.geojson`, and the patches as `<patient>`."""
+    made: dict[str, Path] = {}
+
+    def make_once(patient: str) -> Path:
+        if patient not in made:
+            folder = made[patient] = tmp_path_factory.mktemp(f"idc-{patient}")
+            archive = shared_data / "idc" / "patches.zip"
+            for script in (
+                [shared_data / "slides" / "make_idc_slide.py", patient, archive, folder],
+                [shared_data / "idc" / "unpack.py", folder, patient],
+            ):
+                subprocess.run([sys.executable, *script], check=True, capture_output=True)
+        return made[patient]
+
+    return make_once
 
 
 @pytest.fixture(scope="session")

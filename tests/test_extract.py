@@ -246,16 +246,12 @@ def test_a_store_that_was_moved_is_still_whole(slides, recorder):
 
 
 @pytest.mark.parametrize("patient", ["8863", "8865", "8867", "14082"])
-def test_default_settings_keep_the_real_tissue(shared_data, tmp_path, recorder, patient):
-    import subprocess
-    import sys
-
-    archive = shared_data / "idc" / "patches.zip"
-    maker, unpack = shared_data / "slides" / "make_idc_slide.py", shared_data / "idc" / "unpack.py"
-    subprocess.run([sys.executable, maker, patient, archive, tmp_path], check=True, capture_output=True)
-    subprocess.run([sys.executable, unpack, tmp_path, patient], check=True, capture_output=True)
+def test_default_settings_keep_the_real_tissue(idc_slide, tmp_path, recorder, patient):
+    place = idc_slide(patient)
     manifest = tmp_path / "m.csv"
-    manifest.write_text(f"path,annotation\nidc-{patient}.tif,idc-{patient}.geojson\n{patient},\n")
+    manifest.write_text(
+        f"path,annotation\n{place}/idc-{patient}.tif,{place}/idc-{patient}.geojson\n{place}/{patient},\n"
+    )
     _, store = run(manifest, recorder)
     folder, slide = store.slide(patient), store.slide(f"idc-{patient}")
     truth = {tuple(cell): label for cell, label in zip(folder.cell.tolist(), folder.idc.tolist(), strict=True)}

@@ -168,18 +168,14 @@ REAL_AUC = {"8863": 0.925, "8867": 0.98, "14082": 0.975}
 
 
 @pytest.mark.parametrize("patient", REAL_AUC)
-def test_the_published_model_finds_the_published_tumour(shared_data, published_model, tmp_path, recorder, patient):
-    import subprocess
-    import sys
-
+def test_the_published_model_finds_the_published_tumour(idc_slide, published_model, tmp_path, recorder, patient):
     from sklearn.metrics import roc_auc_score
 
-    archive = shared_data / "idc" / "patches.zip"
-    maker, unpack = shared_data / "slides" / "make_idc_slide.py", shared_data / "idc" / "unpack.py"
-    subprocess.run([sys.executable, maker, patient, archive, tmp_path], check=True, capture_output=True)
-    subprocess.run([sys.executable, unpack, tmp_path, patient], check=True, capture_output=True)
+    place = idc_slide(patient)
     manifest = tmp_path / "m.csv"
-    manifest.write_text(f"path,annotation\nidc-{patient}.tif,idc-{patient}.geojson\n{patient},\n")
+    manifest.write_text(
+        f"path,annotation\n{place}/idc-{patient}.tif,{place}/idc-{patient}.geojson\n{place}/{patient},\n"
+    )
     path = tmp_path / "tiles.zarr"
     by_cell = {}
     for pixels in (True, False):

@@ -154,18 +154,12 @@ def test_a_slide_too_coarse_for_the_tiles_is_refused(tmp_path, make):
 
 
 @pytest.mark.parametrize("patient", ["8863", "8867", "14082"])
-def test_tiles_of_the_real_slides_are_the_data_sets_patches(shared_data, tmp_path, patient):
-    import subprocess
-    import sys
-
-    archive = shared_data / "idc" / "patches.zip"
-    maker, unpack = shared_data / "slides" / "make_idc_slide.py", shared_data / "idc" / "unpack.py"
-    subprocess.run([sys.executable, maker, patient, archive, tmp_path], check=True, capture_output=True)
-    subprocess.run([sys.executable, unpack, tmp_path, patient], check=True, capture_output=True)
-    with open_slide(tmp_path / patient) as folder:
+def test_tiles_of_the_real_slides_are_the_data_sets_patches(idc_slide, patient):
+    place = idc_slide(patient)
+    with open_slide(place / patient) as folder:
         cells, labels = folder.patches.ready_cells()
         originals = [np.asarray(Image.open(folder.patches.cells[tuple(cell)].path)) for cell in cells.tolist()]
-    for path in (tmp_path / f"idc-{patient}.tif", tmp_path / patient):
+    for path in (place / f"idc-{patient}.tif", place / patient):
         _, tiles = read_all(path, TileSpec(), cells)
         assert np.array_equal(tiles, np.stack(originals))
     assert 0 < labels.sum() < len(labels)
