@@ -2,9 +2,7 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from wsi_idc.errors import AnnotationError
 from wsi_idc.grid import Grid
 from wsi_idc.settings import TileSpec
 
-DATA = Path(os.environ.get("WSI_IDC_DATA", Path(__file__).parents[1] / "../shared/data"))
 SQUARE = [[10, 10], [30, 10], [30, 30], [10, 30], [10, 10]]
 """Over tiles of 20 px: a quarter of each of the four at the origin."""
 
@@ -334,14 +331,14 @@ def test_any_json_gives_parts_or_an_annotation_error(tmp_path_factory: pytest.Te
 # --- real slides --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not (DATA / "idc/patches.zip").exists(), reason=f"no real data at {DATA}")
 @pytest.mark.parametrize(("patient", "positive"), [("8863", 207), ("8867", 162)])
-def test_tiles_of_the_real_slides_are_wholly_idc_or_not_at_all(tmp_path: Path, patient: str, positive: int) -> None:
-    script = [sys.executable, str(DATA / "slides/make_idc_slide.py"), patient, str(DATA / "idc/patches.zip")]
-    subprocess.run([*script, str(tmp_path)], check=True, capture_output=True)
-    with Image.open(tmp_path / f"idc-{patient}.tif") as picture:
+def test_tiles_of_the_real_slides_are_wholly_idc_or_not_at_all(
+    idc_slide: Callable[[str], Path], patient: str, positive: int
+) -> None:
+    place = idc_slide(patient)
+    with Image.open(place / f"idc-{patient}.tif") as picture:
         grid = Grid(TileSpec(), picture.size, (4.0, 4.0))
-    path = tmp_path / f"idc-{patient}.geojson"
+    path = place / f"idc-{patient}.geojson"
     parts = fraction(path, grid=grid)
     assert set(np.unique(parts)) == {0.0, 1.0}
     assert parts.sum() == positive

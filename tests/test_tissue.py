@@ -1,16 +1,14 @@
 """What the tissue mask takes for tissue, and how tiles are measured against it."""
 
-import importlib.util
-import os
-import re
 import subprocess
 import sys
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -20,9 +18,10 @@ from scipy.spatial import cKDTree
 from wsi_idc.errors import AnnotationError
 from wsi_idc.grid import Grid
 from wsi_idc.settings import ExtractSettings, TileSpec
+from wsi_idc.slides import open_slide
+from wsi_idc.slides.patches import PatchFolder
 from wsi_idc.tissue import MASK_MPP, draw_overlay, read_mask, tile_fraction, tile_quality, tissue_mask
 
-DATA = Path(os.environ.get("WSI_IDC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 GLASSES = {"white": (242, 242, 242), "grey": (205, 205, 205), "warm": (238, 232, 214), "cold": (226, 232, 240)}
 PENS = {"black": (22, 20, 18), "blue": (25, 50, 175), "green": (40, 150, 115), "red": (205, 30, 45)}
 
@@ -350,37 +349,24 @@ def test_the_overlay_outlines_the_mask_and_the_kept_tiles_only() -> None:
 # Real data
 
 
-def real(*names: str) -> Path:
-    path = DATA.joinpath(*names)
-    if not path.exists():
-        pytest.skip(f"no {path}: real data are not here")
-    return path
-
-
 @pytest.fixture(scope="module", params=["8863", "8865", "8867", "14082", "14306"])
-def idc_slide(request: pytest.FixtureRequest) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
+def labelled_slide(
+    request: pytest.FixtureRequest, idc_slide: Callable[[str], Path]
+) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
     """A complete slide at 4 um/px, and the class of each cell (-1: empty)."""
-    patient, archive = request.param, real("idc", "patches.zip")
-    patches = {}
-    with zipfile.ZipFile(archive) as files:
-        for name in files.namelist():
-            if found := re.match(rf"{patient}/([01])/{patient}_idx5_x(\d+)_y(\d+)_class[01]\.webp$", name):
-                with files.open(name) as file:
-                    patches[int(found[3]) - 1, int(found[2]) - 1] = (int(found[1]), np.asarray(Image.open(file)))
-    height, width = (max(place[axis] for place in patches) + 100 for axis in (0, 1))
-    slide = np.full((height, width, 3), 245, np.uint8)
-    classes = np.full((-(-height // 50), -(-width // 50)), -1, np.int8)
-    for (y, x), (label, pixels) in patches.items():
-        slide[y : y + 50, x : x + 50] = pixels
-        classes[y // 50, x // 50] = label
+    place = idc_slide(request.param)
+    slide = tifffile.imread(place / f"idc-{request.param}.tif", key=0)
+    classes = np.full((-(-slide.shape[0] // 50), -(-slide.shape[1] // 50)), -1, np.int8)
+    cells, labels = PatchFolder(place / request.param).ready_cells()
+    classes[tuple(cells.T)] = labels
     return slide, classes
 
 
 @pytest.mark.parametrize("mpp", [pytest.param(4.0, marks=pytest.mark.slow), MASK_MPP, 16.0])
 def test_real_slides_keep_their_tiles_and_leave_empty_cells(
-    idc_slide: tuple[NDArray[np.uint8], NDArray[np.int8]], mpp: float
+    labelled_slide: tuple[NDArray[np.uint8], NDArray[np.int8]], mpp: float
 ) -> None:
-    slide, classes = idc_slide
+    slide, classes = labelled_slide
     height, width = slide.shape[:2]
     shape = (round(width * 4 / mpp), round(height * 4 / mpp))
     thumbnail = np.asarray(cv2.resize(slide, shape, interpolation=cv2.INTER_AREA), dtype=np.uint8)
@@ -393,13 +379,13 @@ def test_real_slides_keep_their_tiles_and_leave_empty_cells(
     assert kept[classes < 0].mean() <= 0.01
 
 
-def thumbnail(name: str) -> NDArray[np.uint8]:
-    return np.asarray(Image.open(real("tissue", name)).convert("RGB"))
+def picture(path: Path) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 @pytest.mark.parametrize("mpp", [8.0, 12.0, 16.0])
-def test_nothing_of_a_slide_with_only_a_black_pen_is_kept(mpp: float) -> None:
-    assert not tissue_mask(thumbnail("pen_black.png"), mpp).any()
+def test_nothing_of_a_slide_with_only_a_black_pen_is_kept(shared_data: Path, mpp: float) -> None:
+    assert not tissue_mask(picture(shared_data / "tissue" / "pen_black.png"), mpp).any()
 
 
 # Boxes x0, y0, x1, y1 in each thumbnail, as a person sees them.
@@ -433,8 +419,10 @@ SEEN = {
 
 @pytest.mark.parametrize("mpp", [8.0, 12.0, 16.0])
 @pytest.mark.parametrize("name", SEEN)
-def test_of_a_slide_with_ink_or_edges_the_tissue_that_a_person_sees_is_kept(name: str, mpp: float) -> None:
-    mask = tissue_mask(thumbnail(name), mpp)
+def test_of_a_slide_with_ink_or_edges_the_tissue_that_a_person_sees_is_kept(
+    shared_data: Path, name: str, mpp: float
+) -> None:
+    mask = tissue_mask(picture(shared_data / "tissue" / name), mpp)
     for what, boxes in SEEN[name].items():
         for x0, y0, x1, y1 in boxes:
             kept = float(mask[y0:y1, x0:x1].mean())
@@ -442,28 +430,19 @@ def test_of_a_slide_with_ink_or_edges_the_tissue_that_a_person_sees_is_kept(name
             assert good, f"{what} at {(x0, y0, x1, y1)}: {kept:.3f}"
 
 
-def through_openslide(name: str, mpp: float) -> NDArray[np.uint8]:
-    path = real("slides", name)
-    if importlib.util.find_spec("openslide") is None:
-        pytest.skip("no OpenSlide")
-    import openslide
-
-    with openslide.OpenSlide(str(path)) as slide:
-        scale = float(slide.properties["openslide.mpp-x"]) / mpp
-        width, height = slide.dimensions
-        pixels = np.asarray(slide.read_region((0, 0), 0, (width, height)).convert("RGB"))
-    shape = (round(width * scale), round(height * scale))
-    return np.asarray(cv2.resize(pixels, shape, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+def thumbnail(path: Path, mpp: float) -> NDArray[np.uint8]:
+    with open_slide(path) as slide:
+        return slide.thumbnail(mpp)[0]
 
 
 @pytest.mark.parametrize("mpp", [4.0, 8.0, 16.0])
-def test_the_skin_of_cmu_1_is_tissue_and_its_glass_is_not(mpp: float) -> None:
-    mask = tissue_mask(through_openslide("CMU-1-Small-Region.svs", mpp), mpp)
+def test_the_skin_of_cmu_1_is_tissue_and_its_glass_is_not(shared_data: Path, mpp: float) -> None:
+    mask = tissue_mask(thumbnail(shared_data / "slides" / "CMU-1-Small-Region.svs", mpp), mpp)
     height, width = mask.shape
     assert 0.35 < mask.mean() < 0.45
     assert mask[int(0.65 * height) : int(0.9 * height), int(0.4 * width) : int(0.7 * width)].all()
     assert not mask[:, int(0.92 * width) :].any()
 
 
-def test_a_fluorescence_slide_holds_no_tissue() -> None:
-    assert not tissue_mask(through_openslide("fluorescence-387.ndpi", 8.0), 8.0).any()
+def test_a_fluorescence_slide_holds_no_tissue(shared_data: Path) -> None:
+    assert not tissue_mask(thumbnail(shared_data / "slides" / "fluorescence-387.ndpi", 8.0), 8.0).any()
