@@ -176,7 +176,8 @@ def _resolve_mpp(
         return (asked, asked), "manifest"
     if found is None:
         hint = f"the objective is {description.objective:g}x, " if description.objective else ""
-        raise ResolutionError(path, "the file has no um/px", f"{hint}give it in the manifest's column mpp (info: --mpp)")
+        advice = f"{hint}give it in the manifest's column mpp (info: --mpp)"
+        raise ResolutionError(path, "the file has no um/px", advice)
     if not possible:
         raise ResolutionError(
             path,
