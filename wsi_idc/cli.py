@@ -427,7 +427,8 @@ def _interrupted(number: int, _: FrameType | None) -> NoReturn:
     """End at once: the store is sound at any moment, and worker threads cannot be told to stop."""
     import multiprocessing
 
-    hint = "interrupted: what was complete is kept, the same command goes on from there"
+    again = "add --resume to go on" if "train" in sys.argv[1:2] else "the same command goes on from there"
+    hint = f"interrupted: what was complete is kept, {again}"
     cursor = "\x1b[?25h\r\x1b[K" if sys.stderr.isatty() else ""
     os.write(2, f"{cursor}wsi-idc: {hint}\n".encode())
     for child in multiprocessing.active_children():

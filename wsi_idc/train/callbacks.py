@@ -70,13 +70,15 @@ class AveragedWeights(WeightAveraging):  # type: ignore[misc]
     """An exponential moving average of the weights, which forgets its start: decay min(decay, (1 + n) / (10 + n))."""
 
     def __init__(self, decay: float) -> None:
-        def average(mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
-            if not mean.is_floating_point():
-                return value
+        def average(means: list[Tensor], values: list[Tensor], count: Tensor) -> None:
             steps = float(count)
-            return torch.lerp(mean, value, 1.0 - min(decay, (1.0 + steps) / (10.0 + steps)))
+            share = 1.0 - min(decay, (1.0 + steps) / (10.0 + steps))
+            if means[0].is_floating_point():
+                torch._foreach_lerp_(means, values, share)
+            else:
+                torch._foreach_copy_(means, values)
 
-        super().__init__(use_buffers=True, avg_fn=average)
+        super().__init__(use_buffers=True, multi_avg_fn=average)
 
 
 class Lines(Callback):  # type: ignore[misc]

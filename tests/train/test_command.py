@@ -1,0 +1,53 @@
+"""From the command line: train, then the bundle that came out of it scores and is judged."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+
+def wsi_idc(*arguments, cwd):
+    """Run the command as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "wsi_idc.cli", *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=os.environ.copy(), check=False,
+    )  # fmt: skip
+
+
+def test_train_infer_and_evaluate_fit_together(make_store, tmp_path):
+    splits = {f"p{index}": split for index, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 3)}
+    store = make_store(splits, size=32)
+    for slide_id in store.slide_ids():
+        node = store.slide_node(slide_id)
+        count = node.array("idc").shape[0]
+        cells = np.stack([np.zeros(count), np.arange(count)], axis=1).astype(np.int32)
+        node.put("cell", cells, ("tile", "axis"))
+    place = ["--store", store.path]
+    done = wsi_idc(
+        "train", *place, "--out", "m", "--network", "idc-2016", "--epochs", 2, "--batch-size", 16, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Research use only" in done.stdout
+    card = json.loads((tmp_path / "m" / "bundle.json").read_text())
+    assert sorted(card["training"]["train_patients"]) == ["p0", "p1", "p2", "p3"]
+    assert sorted(card["training"]["val_patients"]) == ["p4", "p5"]
+    done = wsi_idc("infer", *place, "--model", "m", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = wsi_idc("evaluate", *place, "--model", "m", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "evaluation" / "report.html").is_file()
+    done = wsi_idc("evaluate", *place, "--model", "m", "--split", "train", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "m was trained on 4 of these 4 patients (p0, p1, p2, ...)" in done.stderr
+
+
+def test_what_cannot_be_trained_is_one_line(make_store, tmp_path):
+    store = make_store({"p0": ""})
+    done = wsi_idc("train", "--store", store.path, "--out", "m", cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "patient" in done.stderr
+    done = wsi_idc("train", "--store", store.path, "--recipe", "magic", cwd=tmp_path)
+    assert done.returncode == 2 and "--recipe: 'magic'" in done.stderr
+    assert wsi_idc("train", "--store", "none", cwd=tmp_path).returncode == 2
