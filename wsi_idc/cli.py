@@ -240,6 +240,10 @@ def train(
     seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
     gpus: Annotated[int, typer.Option(help="GPUs to train on; 0: the CPU.")] = 0,
     processes: Annotated[int | None, typer.Option(help="CPU processes that share a batch. [default: 1]")] = None,
+    threads: ThreadsOption = None,
+    memory_gb: Annotated[
+        float | None, typer.Option(help="Tiles beyond this many GB are read from disk. [default: 4]")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run was broken off.")] = False,
     json_lines: JsonOption = False,
     quiet: QuietOption = False,
@@ -273,6 +277,8 @@ def train(
         seed=seed,
         gpus=gpus,
         processes=processes,
+        threads=threads,
+        memory_gb=memory_gb,
     )
     result = run(store, out, settings, say=console.line, resume=resume, progress=console.draws)
     console.record("trained", bundle=str(result.bundle), epochs=result.epochs, figures=result.figures)
