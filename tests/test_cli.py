@@ -134,7 +134,7 @@ def test_no_pixels_and_the_other_options_arrive(slides):
         "extract", slides, "--only", "a", "--no-pixels", "--tile-size", 100, "--mpp", 2.0, "--stride", 50,
         "--last", "drop", "--tissue", "none", "--store", "other.zarr", cwd=slides.parent,
     )  # fmt: skip
-    assert done.returncode == 1 or done.returncode == 0
+    assert done.returncode == 0, done.stderr
     attributes = json.loads((slides.parent / "other.zarr/slides/a/zarr.json").read_text())["attributes"]
     made = attributes["complete"]["made_from"]
     assert (made["tile size"], made["tile um/px"], made["stride"], made["edge rule"]) == (100, 2.0, 50, "drop")

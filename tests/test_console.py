@@ -38,7 +38,7 @@ def on_a_terminal(arguments, cwd):
 def test_a_terminal_gets_a_bar_and_a_drawn_table(slides):
     code, output = on_a_terminal(["extract", slides], slides.parent)
     assert code == 1
-    assert re.search(r"\d/3 slides", output.replace("\x1b[0m", "")) or "slides" in output
+    assert re.search(r"\d/3", output)
     assert "tiles/s" in output
     assert "failed broken: cannot read the region" in output
     assert "┏" in output and "slides done" in output

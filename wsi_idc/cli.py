@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from wsi_idc import __version__
-from wsi_idc.console import USE, Console
+from wsi_idc import USE, __version__
+from wsi_idc.console import Console
 from wsi_idc.errors import UsageError, WsiIdcError, system_reason
 
 if TYPE_CHECKING:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from wsi_idc.cluster import Listener, Outcome, Summary
     from wsi_idc.plan import Plan
 
-USE = "Research use only. Not for diagnosis."
-
 
 class Console:
     """Where a command's lines go: results to stdout, progress and trouble to stderr.

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_idc.console import USE, Console
+from wsi_idc import USE
+from wsi_idc.console import Console
 from wsi_idc.errors import UsageError, WsiIdcError
 from wsi_idc.manifest import Row
 from wsi_idc.scan import write_manifest

@@ -79,8 +79,7 @@ def plan_slide(row: Row, store: "Store | None", settings: ExtractSettings, *, fo
     if store is None:
         return PlannedSlide(row, plan(need, None, None), need)
     record = store.slide_node(row.slide_id).record()
-    made_from = record.complete["made_from"] if record.complete else None
-    return PlannedSlide(row, plan(need, made_from, record.failed, force=force), need)
+    return PlannedSlide(row, plan(need, record.made_from, record.failed, force=force), need)
 
 
 def plan_slides(

@@ -7,16 +7,11 @@ of a row is as exact as the first.
 
 import math
 from dataclasses import dataclass
-from typing import NewType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc.settings import TileSpec
-
-SlidePixels = NewType("SlidePixels", int)
-"""A length or position in level-0 pixels."""
-Microns = NewType("Microns", float)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_idc import __version__
+from wsi_idc import USE, __version__
 from wsi_idc.cluster import (
     Block,
     Listener,
@@ -70,7 +70,8 @@ def choose_model(bundle: LoadedBundle, settings: InferSettings) -> ModelChoice:
         bundle.folder, bundle.fields.name, file_digest(path) if path.is_file() else "", settings.precision, cuda
     )
     if not cuda:
-        load_runtime(choice, 1)
+        # With the threads that a task will have: in this process it is then loaded already when the first one runs.
+        load_runtime(choice, threads_per_task(Workers(settings.workers), settings.threads))
     return choice
 
 
@@ -102,8 +103,7 @@ def plan_maps(
     for name in sorted(set(only)) or store.slide_ids():
         slide = store.slide(name)
         record = store.map_node(choice.name, name).record()
-        made_from = record.complete["made_from"] if record.complete else None
-        plans[name] = plan(wanted(slide, choice), made_from, record.failed, force=force)
+        plans[name] = plan(wanted(slide, choice), record.made_from, record.failed, force=force)
     return plans
 
 
@@ -265,7 +265,7 @@ class InferJob:
             },
             "slide_id": self.slide_id,
             "patient_id": slide.patient_id,
-            "use": "Research use only. Not for diagnosis.",
+            "use": USE,
         }
         node.commit({"ome": ngff_image(slide, self.choice.name), **about, "complete": complete})
         return Outcome("done", tiles=prepared.tiles)

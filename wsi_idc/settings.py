@@ -17,8 +17,8 @@ TissueMethod = Literal["default", "otsu", "morphological", "none"]
 LastTile = Literal["keep", "drop"]
 Precision = Literal["auto", "float32", "int8"]
 
-_CONTENT: dict[str, Any] = {"kind": "content"}
-_RUNTIME: dict[str, Any] = {"kind": "runtime"}
+CONTENT: dict[str, Any] = {"kind": "content"}
+RUNTIME: dict[str, Any] = {"kind": "runtime"}
 
 
 class Settings(BaseModel):
@@ -49,10 +49,10 @@ def digest(value: object) -> str:
 class TileSpec(Settings):
     """The tile grid: size in pixels, resolution in um/px, stride in pixels of that resolution."""
 
-    size_px: Annotated[int, Field(ge=8, le=4096, json_schema_extra=_CONTENT)] = 50
-    mpp: Annotated[float, Field(ge=MPP_RANGE[0], le=MPP_RANGE[1], json_schema_extra=_CONTENT)] = 4.0
-    stride_px: Annotated[int, Field(ge=1, le=65536, json_schema_extra=_CONTENT)] = 0
-    last: Annotated[LastTile, Field(json_schema_extra=_CONTENT)] = "keep"
+    size_px: Annotated[int, Field(ge=8, le=4096, json_schema_extra=CONTENT)] = 50
+    mpp: Annotated[float, Field(ge=MPP_RANGE[0], le=MPP_RANGE[1], json_schema_extra=CONTENT)] = 4.0
+    stride_px: Annotated[int, Field(ge=1, le=65536, json_schema_extra=CONTENT)] = 0
+    last: Annotated[LastTile, Field(json_schema_extra=CONTENT)] = "keep"
 
     @model_validator(mode="before")
     @classmethod
@@ -69,23 +69,23 @@ class TileSpec(Settings):
 class ExtractSettings(Settings):
     """Everything that `extract` can be told."""
 
-    tile: Annotated[TileSpec, Field(json_schema_extra=_CONTENT)] = TileSpec()
-    tissue: Annotated[TissueMethod, Field(json_schema_extra=_CONTENT)] = "default"
-    min_tissue: Annotated[float, Field(ge=0.0, le=1.0, json_schema_extra=_CONTENT)] = 0.05
-    annotation_class: Annotated[str, Field(min_length=1, json_schema_extra=_CONTENT)] = "IDC"
-    pixels: Annotated[bool, Field(json_schema_extra=_CONTENT)] = True
-    workers: Annotated[int, Field(ge=0, le=1024, json_schema_extra=_RUNTIME)] = 0
-    threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=_RUNTIME)] = 0
+    tile: Annotated[TileSpec, Field(json_schema_extra=CONTENT)] = TileSpec()
+    tissue: Annotated[TissueMethod, Field(json_schema_extra=CONTENT)] = "default"
+    min_tissue: Annotated[float, Field(ge=0.0, le=1.0, json_schema_extra=CONTENT)] = 0.05
+    annotation_class: Annotated[str, Field(min_length=1, json_schema_extra=CONTENT)] = "IDC"
+    pixels: Annotated[bool, Field(json_schema_extra=CONTENT)] = True
+    workers: Annotated[int, Field(ge=0, le=1024, json_schema_extra=RUNTIME)] = 0
+    threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=RUNTIME)] = 0
 
 
 class InferSettings(Settings):
     """Everything that `infer` can be told, besides the model."""
 
-    precision: Annotated[Precision, Field(json_schema_extra=_CONTENT)] = "auto"
-    batch_size: Annotated[int, Field(ge=1, le=4096, json_schema_extra=_RUNTIME)] = 64
-    workers: Annotated[int, Field(ge=0, le=1024, json_schema_extra=_RUNTIME)] = 0
-    gpus: Annotated[int, Field(ge=0, le=64, json_schema_extra=_RUNTIME)] = 0
-    threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=_RUNTIME)] = 0
+    precision: Annotated[Precision, Field(json_schema_extra=CONTENT)] = "auto"
+    batch_size: Annotated[int, Field(ge=1, le=4096, json_schema_extra=RUNTIME)] = 64
+    workers: Annotated[int, Field(ge=0, le=1024, json_schema_extra=RUNTIME)] = 0
+    gpus: Annotated[int, Field(ge=0, le=64, json_schema_extra=RUNTIME)] = 0
+    threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=RUNTIME)] = 0
 
 
 _Kind = TypeVar("_Kind", bound=Settings)

@@ -52,7 +52,7 @@ def _state(store: Store, name: str, models: Sequence[str]) -> SlideState:
         made = store.map_node(model, name).record()
         if made.failed:
             reasons.append(f"{model}: {made.failed}")
-        elif made.complete and made.complete["made_from"]["tiles"] != slide.identity:
+        elif made.made_from and made.made_from["tiles"] != slide.identity:
             reasons.append(f"{model}: its map is of older tiles")
         elif made.complete:
             scored.append(model)

@@ -71,6 +71,11 @@ class Record:
         return self.attributes.get("complete")
 
     @property
+    def made_from(self) -> dict[str, Any] | None:
+        """What the whole result was made from, by name; None where there is none."""
+        return None if self.complete is None else self.complete["made_from"]
+
+    @property
     def failed(self) -> str | None:
         """Why the last attempt failed, or None."""
         return self.attributes.get("failed")

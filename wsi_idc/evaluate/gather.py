@@ -60,7 +60,7 @@ def gather(
     models = [
         predictions(
             bundle.fields.name,
-            np.concatenate([_probability(store, bundle, slide) for slide in labelled]),
+            _probabilities(store, bundle, labelled),
             truth,
             slide_ids,
             patients,
@@ -92,15 +92,18 @@ def _check_patients(bundle: LoadedBundle, slides: Sequence[StoredSlide], *, trai
     return notes
 
 
-def _probability(store: Store, bundle: LoadedBundle, slide: StoredSlide) -> NDArray[np.float32]:
-    """float32 (n,): the slide's probabilities by the bundle as it is now."""
+def _probabilities(store: Store, bundle: LoadedBundle, slides: Sequence[StoredSlide]) -> NDArray[np.float32]:
+    """float32 (n,): the slides' probabilities by the bundle as it is now, one slide after the other."""
     name = bundle.fields.name
-    node = store.map_node(name, slide.slide_id)
-    record = node.record()
-    if not record.usable or record.complete is None:
-        raise UsageError(slide.slide_id, f"has no map by {name}", "run wsi-idc infer with that model first")
     own = {file_digest(path) for path in bundle.folder.glob("model*") if path.is_file()}
-    made_from = record.complete["made_from"]
-    if made_from["tiles"] != slide.identity or made_from["model"] not in own:
-        raise UsageError(slide.slide_id, f"its map by {name} is of older tiles or another version", "run wsi-idc infer")
-    return np.asarray(node.array("probability")[...], np.float32)
+    parts = []
+    for slide in slides:
+        node = store.map_node(name, slide.slide_id)
+        record = node.record()
+        if not record.usable or record.made_from is None:
+            raise UsageError(slide.slide_id, f"has no map by {name}", "run wsi-idc infer with that model first")
+        if record.made_from["tiles"] != slide.identity or record.made_from["model"] not in own:
+            problem = f"its map by {name} is of older tiles or another version"
+            raise UsageError(slide.slide_id, problem, "run wsi-idc infer")
+        parts.append(np.asarray(node.array("probability")[...], np.float32))
+    return np.concatenate(parts)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_idc.console import USE
+from wsi_idc import USE
 from wsi_idc.errors import UsageError
 from wsi_idc.store import Store
 

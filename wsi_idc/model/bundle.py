@@ -18,7 +18,6 @@ from wsi_idc.errors import ModelError
 from wsi_idc.manifest import MPP_RANGE, check_slide_id
 from wsi_idc.settings import Precision, TileSpec
 
-FORMAT = "wsi-idc-model/1"
 MPP_TOLERANCE = 0.10
 """A store whose um/px differs from the bundle's by more than this part is refused."""
 

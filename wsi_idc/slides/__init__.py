@@ -3,7 +3,6 @@
 `open_slide` opens every format; `detect` says, without opening it, whether a path looks like a slide.
 """
 
-import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -288,7 +287,5 @@ def _open_plain_tiff(path: Path) -> Backend:
 def _first_line(error: BaseException) -> str:
     """A reader's reason in one line, without addresses and paths."""
     text = str(error).strip() or type(error).__name__
-    with io.StringIO(text) as lines:
-        line = lines.readline().strip()
-    line = re.sub(r"^Reading \S+: ", "", line)
+    line = re.sub(r"^Reading \S+: ", "", text.splitlines()[0].strip())
     return re.sub(r"<([\w.]+) object at 0x[0-9a-f]+>", r"\1", line)[:200]

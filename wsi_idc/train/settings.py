@@ -8,10 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from wsi_idc.model.config import Activation, Contrast, Flips, Kind, NetworkConfig, Stem
-from wsi_idc.settings import Settings
-
-_CONTENT: dict[str, Any] = {"kind": "content"}
-_RUNTIME: dict[str, Any] = {"kind": "runtime"}
+from wsi_idc.settings import CONTENT, RUNTIME, Settings
 
 RecipeName = Literal["default", "seed"]
 Balance = Literal["none", "weights", "sampling"]
@@ -117,30 +114,30 @@ RECIPES: dict[RecipeName, Recipe] = {
 class TrainSettings(Settings):
     """Everything that `train` can be told; None leaves it to the recipe."""
 
-    recipe: Annotated[RecipeName, Field(json_schema_extra=_CONTENT)] = "default"
-    network: Annotated[Kind, Field(json_schema_extra=_CONTENT)] = "resnet50"
-    activation: Annotated[Activation | None, Field(json_schema_extra=_CONTENT)] = None
-    stem: Annotated[Stem, Field(json_schema_extra=_CONTENT)] = "standard"
-    input_px: Annotated[int | None, Field(ge=8, le=1024, json_schema_extra=_CONTENT)] = None
-    flips: Annotated[Flips | None, Field(json_schema_extra=_CONTENT)] = None
-    init: Annotated[Path | None, Field(json_schema_extra=_CONTENT)] = None
-    teacher: Annotated[Path | None, Field(json_schema_extra=_CONTENT)] = None
-    split_by: Annotated[Literal["patient", "tile"], Field(json_schema_extra=_CONTENT)] = "patient"
-    val_split: Annotated[float, Field(gt=0.0, le=0.5, json_schema_extra=_CONTENT)] = 0.15
-    folds: Annotated[int, Field(ge=0, le=100, json_schema_extra=_CONTENT)] = 0
-    positive_from: Annotated[float, Field(gt=0.0, le=1.0, json_schema_extra=_CONTENT)] = 0.5
-    balance: Annotated[Balance, Field(json_schema_extra=_CONTENT)] = "none"
-    epochs: Annotated[int | None, Field(ge=1, le=10000, json_schema_extra=_CONTENT)] = None
-    batch_size: Annotated[int | None, Field(ge=2, le=65536, json_schema_extra=_CONTENT)] = None
-    lr: Annotated[float | None, Field(gt=0.0, le=10.0, json_schema_extra=_CONTENT)] = None
-    patience: Annotated[int | None, Field(ge=0, le=10000, json_schema_extra=_CONTENT)] = None
-    mixup: Annotated[float | None, Field(ge=0.0, le=10.0, json_schema_extra=_CONTENT)] = None
-    smoothing: Annotated[float | None, Field(ge=0.0, lt=1.0, json_schema_extra=_CONTENT)] = None
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1, json_schema_extra=_CONTENT)] = 0
-    gpus: Annotated[int, Field(ge=0, le=64, json_schema_extra=_RUNTIME)] = 0
-    processes: Annotated[int, Field(ge=1, le=64, json_schema_extra=_RUNTIME)] = 1
-    threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=_RUNTIME)] = 0
-    memory_gb: Annotated[float, Field(gt=0.0, le=4096.0, json_schema_extra=_RUNTIME)] = 4.0
+    recipe: Annotated[RecipeName, Field(json_schema_extra=CONTENT)] = "default"
+    network: Annotated[Kind, Field(json_schema_extra=CONTENT)] = "resnet50"
+    activation: Annotated[Activation | None, Field(json_schema_extra=CONTENT)] = None
+    stem: Annotated[Stem, Field(json_schema_extra=CONTENT)] = "standard"
+    input_px: Annotated[int | None, Field(ge=8, le=1024, json_schema_extra=CONTENT)] = None
+    flips: Annotated[Flips | None, Field(json_schema_extra=CONTENT)] = None
+    init: Annotated[Path | None, Field(json_schema_extra=CONTENT)] = None
+    teacher: Annotated[Path | None, Field(json_schema_extra=CONTENT)] = None
+    split_by: Annotated[Literal["patient", "tile"], Field(json_schema_extra=CONTENT)] = "patient"
+    val_split: Annotated[float, Field(gt=0.0, le=0.5, json_schema_extra=CONTENT)] = 0.15
+    folds: Annotated[int, Field(ge=0, le=100, json_schema_extra=CONTENT)] = 0
+    positive_from: Annotated[float, Field(gt=0.0, le=1.0, json_schema_extra=CONTENT)] = 0.5
+    balance: Annotated[Balance, Field(json_schema_extra=CONTENT)] = "none"
+    epochs: Annotated[int | None, Field(ge=1, le=10000, json_schema_extra=CONTENT)] = None
+    batch_size: Annotated[int | None, Field(ge=2, le=65536, json_schema_extra=CONTENT)] = None
+    lr: Annotated[float | None, Field(gt=0.0, le=10.0, json_schema_extra=CONTENT)] = None
+    patience: Annotated[int | None, Field(ge=0, le=10000, json_schema_extra=CONTENT)] = None
+    mixup: Annotated[float | None, Field(ge=0.0, le=10.0, json_schema_extra=CONTENT)] = None
+    smoothing: Annotated[float | None, Field(ge=0.0, lt=1.0, json_schema_extra=CONTENT)] = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1, json_schema_extra=CONTENT)] = 0
+    gpus: Annotated[int, Field(ge=0, le=64, json_schema_extra=RUNTIME)] = 0
+    processes: Annotated[int, Field(ge=1, le=64, json_schema_extra=RUNTIME)] = 1
+    threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=RUNTIME)] = 0
+    memory_gb: Annotated[float, Field(gt=0.0, le=4096.0, json_schema_extra=RUNTIME)] = 4.0
 
     def recorded(self) -> dict[str, Any]:
         """The content for a model card: other bundles by name, without this machine's folders."""
