@@ -196,3 +196,49 @@ def test_the_record_survives_as_json(extracted, bundle, recorder):
     _, store = score(extracted(), bundle, recorder)
     attributes = json.loads((store.map_node("mean", "a").folder / "zarr.json").read_text())["attributes"]
     assert set(attributes) == {"ome", "model", "slide_id", "patient_id", "use", "complete"}
+
+
+CONTEXT = {"reach_um": 2000.0, "spread": 1.0, "mean": -0.5, "temperature": 0.8, "threshold": 0.6}
+
+
+def test_neighbours_count_where_the_bundle_says_so(extracted, make, tmp_path, recorder):
+    from wsi_idc.model.config import Context
+    from wsi_idc.model.context import in_context
+
+    path = extracted()
+    plain = make.write_bundle(tmp_path / "plain")
+    _, store = score(path, plain, recorder)
+    alone = probabilities(store, "b")
+    bundle = make.write_bundle(tmp_path / "with-context", context=CONTEXT)
+    assert read_bundle(bundle).fields.operating_point == 0.6
+    summary, store = score(path, bundle, recorder)
+    assert (summary.done, summary.skipped) == (2, 0)
+    slide, node = store.slide("b"), store.map_node("mean", "b")
+    together = probabilities(store, "b")
+    assert np.array_equal(np.asarray(node.array("alone")[...]), alone)
+    assert np.array_equal(together, in_context(alone, slide.cell, slide.spec, Context(**CONTEXT)))
+    assert not np.allclose(together, alone, atol=1e-3)
+    assert np.array_equal(np.asarray(node.array("0")[...])[tuple(slide.cell.T)], together)
+    record = node.record()
+    assert record.attributes["model"]["threshold"] == 0.6
+    assert record.complete["positive"] == int((together >= 0.6).sum())
+    assert score(path, bundle, recorder)[0].skipped == 2
+    summary, store = score(path, plain, recorder)
+    assert summary.done == 2
+    assert "alone" not in store.map_node("mean", "b").group
+    assert np.array_equal(probabilities(store, "b"), alone)
+
+
+def test_neighbours_count_the_same_with_any_workers(extracted, make, tmp_path, recorder):
+    bundle = make.write_bundle(tmp_path / "with-context", context=CONTEXT)
+    path = extracted()
+    _, store = score(path, bundle, recorder)
+    here = probabilities(store, "b")
+    _, store = score(path, bundle, recorder, InferSettings(workers=2), force=True)
+    assert np.array_equal(probabilities(store, "b"), here)
+
+
+def test_a_context_that_cannot_be_is_named(make, tmp_path):
+    bundle = make.write_bundle(tmp_path / "bad", context={**CONTEXT, "reach_um": -1.0})
+    with pytest.raises(ModelError, match=r"context\.reach_um"):
+        read_bundle(bundle)

@@ -237,6 +237,10 @@ def train(
     ] = None,
     mixup: Annotated[float | None, typer.Option(help="[default: the recipe's]")] = None,
     smoothing: Annotated[float | None, typer.Option(help="Label smoothing. [default: the recipe's]")] = None,
+    context: Annotated[
+        bool | None,
+        typer.Option("--context/--no-context", help="Let a tile's neighbours count. [default: the recipe's]"),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
     gpus: Annotated[int, typer.Option(help="GPUs to train on; 0: the CPU.")] = 0,
     processes: Annotated[int | None, typer.Option(help="CPU processes that share a batch. [default: 1]")] = None,
@@ -274,6 +278,7 @@ def train(
         patience=patience,
         mixup=mixup,
         smoothing=smoothing,
+        context=context,
         seed=seed,
         gpus=gpus,
         processes=processes,
@@ -303,6 +308,9 @@ def evaluate(
     trained_on: Annotated[
         bool, typer.Option("--trained-on", help="Also judge a model on patients it was trained on, and say so.")
     ] = False,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Also judge each model by its tiles alone, without neighbours.")
+    ] = False,
     json_lines: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -325,6 +333,7 @@ def evaluate(
         cast(SplitName, split),
         positive_from=positive_from,
         trained_on=trained_on,
+        alone=alone,
     )
     results = compute(found.models)
     from wsi_idc.evaluate.report import as_json, difference_rows, summary_rows, write_report

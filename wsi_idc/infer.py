@@ -26,6 +26,7 @@ from wsi_idc.cluster import (
 from wsi_idc.errors import SlideError
 from wsi_idc.fingerprint import fingerprint
 from wsi_idc.model.bundle import LoadedBundle, file_digest, read_bundle
+from wsi_idc.model.config import Context
 from wsi_idc.plan import Plan, plan
 from wsi_idc.settings import InferSettings, Precision
 from wsi_idc.slides import Slide, open_slide
@@ -49,6 +50,7 @@ class ModelChoice:
         digest: of the graph or the weights that run.
         precision: of the graph on the CPU.
         cuda: whether torch runs it on a GPU.
+        context: how neighbours take part in a tile's probability; None where they do not.
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class ModelChoice:
     digest: str
     precision: Precision
     cuda: bool
+    context: Context | None = None
 
 
 def choose_model(bundle: LoadedBundle, settings: InferSettings) -> ModelChoice:
@@ -66,9 +69,9 @@ def choose_model(bundle: LoadedBundle, settings: InferSettings) -> ModelChoice:
     """
     cuda = settings.gpus > 0
     path = bundle.weights if cuda else bundle.graph_path(settings.precision)
-    choice = ModelChoice(
-        bundle.folder, bundle.fields.name, file_digest(path) if path.is_file() else "", settings.precision, cuda
-    )
+    digest = file_digest(path) if path.is_file() else ""
+    fields = bundle.fields
+    choice = ModelChoice(bundle.folder, fields.name, digest, settings.precision, cuda, fields.context)
     if not cuda:
         # With the threads that a task will have: in this process it is then loaded already when the first one runs.
         load_runtime(choice, threads_per_task(Workers(settings.workers), settings.threads))
@@ -86,7 +89,8 @@ def load_runtime(choice: ModelChoice, threads: int) -> "Runtime":
 
 def wanted(slide: "StoredSlide", choice: ModelChoice) -> dict[str, Any]:
     """What a map is made from, by the names that a user is told."""
-    return {"tiles": slide.identity, "model": choice.digest}
+    context = choice.context.model_dump() if choice.context else None
+    return {"tiles": slide.identity, "model": choice.digest, "context": context}
 
 
 def plan_maps(
@@ -242,12 +246,17 @@ class InferJob:
             raise SlideError(self.slide_id, f"{self.choice.name} gave probabilities that are not numbers")
         image = np.full(slide.grid.shape, np.nan, np.float32)
         cells = slide.cell
-        image[cells[:, 0], cells[:, 1]] = probability
         node = self._node
         node.begin()
+        if self.choice.context:
+            from wsi_idc.model.context import in_context
+
+            node.put("alone", probability, ("tile",))
+            probability = in_context(probability, cells, slide.spec, self.choice.context)
+        image[cells[:, 0], cells[:, 1]] = probability
         node.put("probability", probability, ("tile",))
         node.put("0", image, ("y", "x"))
-        threshold = bundle.fields.threshold
+        threshold = bundle.fields.operating_point
         complete = {
             "tiles": prepared.tiles,
             "positive": int((probability >= threshold).sum()),

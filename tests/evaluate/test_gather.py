@@ -93,3 +93,19 @@ def test_the_command_writes_a_report_and_refuses_in_a_line(store, bundle, tmp_pa
     assert isinstance(run("--model", bundle).exception, UsageError)
     assert isinstance(run("--model", bundle, "--split", "tset").exception, UsageError)
     assert isinstance(run().exception, UsageError)
+
+
+def test_tiles_alone_are_judged_beside_those_with_their_neighbours(store, bundle, make, tmp_path, recorder):
+    context = {"reach_um": 2000.0, "spread": 1.0, "threshold": 0.6}
+    other = read_bundle(make.write_bundle(tmp_path / "other", name="other", threshold=0.4, context=context))
+    infer(store.path, other, InferSettings(), listener=recorder)
+    models = gather(store, [other], "test", positive_from=0.5, trained_on=False, alone=True).models
+    assert [(model.model, model.threshold) for model in models] == [("other", 0.6), ("other, tiles alone", 0.4)]
+    (plain,) = judge(store, read_bundle(bundle)).models
+    assert np.array_equal(models[1].probability, plain.probability)
+    assert not np.array_equal(models[0].probability, plain.probability)
+    without = json.loads((tmp_path / "other" / "bundle.json").read_text())
+    del without["context"]
+    (tmp_path / "other" / "bundle.json").write_text(json.dumps(without))
+    with pytest.raises(UsageError, match="another version"):
+        judge(store, read_bundle(tmp_path / "other"))

@@ -47,6 +47,8 @@ def make_store(tmp_path: Path) -> MakeStore:
             node.begin()
             node.put("tiles", pixels, ("tile", "y", "x", "c"))
             node.put("idc", part, ("tile",))
+            cell = np.stack([np.zeros(tiles, np.int32), np.arange(tiles, dtype=np.int32)], 1)
+            node.put("cell", cell, ("tile", "axis"))
             node.commit(
                 {
                     "patient_id": patient,

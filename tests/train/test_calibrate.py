@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from wsi_idc.train.calibrate import fit_temperature, fit_threshold, sigmoid
+from wsi_idc.model.context import by_slide, in_context
+from wsi_idc.settings import TileSpec
+from wsi_idc.train.calibrate import fit_context, fit_temperature, fit_threshold, sigmoid
 from wsi_idc.train.cross_validation import centred
 
 
@@ -37,3 +39,33 @@ def test_folds_are_put_together_at_their_own_thresholds():
     probability = np.array([0.1, 0.2999, 0.3001, 0.9], np.float32)
     assert (centred(probability, 0.3) >= 0.5).tolist() == [False, False, True, True]
     assert np.allclose(centred(probability, 0.5), probability, atol=1e-6)
+
+
+def regions(generator, slides=4, side=16):
+    """Slides in two halves, IDC on the right: cells, slide ids, truth."""
+    cell = np.stack(np.unravel_index(np.arange(side * side), (side, side)), 1).astype(np.int32)
+    names = np.repeat([f"s{index}" for index in range(slides)], side * side)
+    truth = np.concatenate([cell[:, 1] >= generator.integers(4, side - 4) for _ in range(slides)])
+    return np.tile(cell, (slides, 1)), names, truth
+
+
+def test_neighbours_count_where_idc_lies_in_regions():
+    generator = np.random.default_rng(3)
+    cell, slide, truth = regions(generator)
+    logits = np.where(truth, 0.5, -0.5) + generator.normal(0, 1.0, len(truth))
+    context = fit_context(logits, cell, slide, truth, TileSpec(), mean=0.0)
+    assert context is not None
+    other = regions(np.random.default_rng(4))
+    alone = sigmoid(np.where(other[2], 0.5, -0.5) + np.random.default_rng(5).normal(0, 1.0, len(other[2])))
+    together = by_slide(other[1], lambda own: in_context(alone[own], other[0][own], TileSpec(), context))
+    assert balanced_accuracy_score(other[2], together >= context.threshold) > 0.9
+    assert balanced_accuracy_score(other[2], alone >= 0.5) < 0.75
+
+
+def test_neighbours_do_not_count_where_they_tell_nothing():
+    generator = np.random.default_rng(6)
+    cell, slide, _ = regions(generator)
+    truth = generator.random(len(cell)) < 0.4
+    logits = np.where(truth, 4.0, -4.0) + generator.normal(0, 1.0, len(truth))
+    calibrated = logits / fit_temperature(logits, truth)
+    assert fit_context(calibrated, cell, slide, truth, TileSpec(), mean=-0.4) is None

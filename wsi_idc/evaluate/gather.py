@@ -24,7 +24,13 @@ class Gathered:
 
 
 def gather(
-    store: Store, bundles: Sequence[LoadedBundle], split: SplitName, *, positive_from: float, trained_on: bool
+    store: Store,
+    bundles: Sequence[LoadedBundle],
+    split: SplitName,
+    *,
+    positive_from: float,
+    trained_on: bool,
+    alone: bool = False,
 ) -> Gathered:
     """The probabilities of every bundle over the labelled tiles of one split.
 
@@ -34,6 +40,7 @@ def gather(
         split: whose slides; "all" takes every slide that has labels, whatever its split.
         positive_from: IDC part from which a tile is positive.
         trained_on: judge a model also on patients that it was trained on; the notes say so.
+        alone: judge each model that lets neighbours take part also by its tiles alone, as a model of its own.
 
     Raises:
         UsageError: no slide of the split, one without a map, a map by another version of the model, two bundles of one
@@ -57,19 +64,25 @@ def gather(
     truth = np.concatenate([slide.idc for slide in labelled])
     slide_ids = np.concatenate([np.full(slide.count, slide.slide_id) for slide in labelled])
     patients = np.concatenate([np.full(slide.count, slide.patient_id) for slide in labelled])
-    models = [
-        predictions(
-            bundle.fields.name,
-            _probabilities(store, bundle, labelled),
-            truth,
-            slide_ids,
-            patients,
-            threshold=bundle.fields.threshold,
-            title=bundle.fields.title,
-            positive_from=positive_from,
-        )
-        for bundle in bundles
-    ]
+    models = []
+    for bundle in bundles:
+        fields = bundle.fields
+        kinds = [("probability", "", fields.operating_point)]
+        if alone and fields.context:
+            kinds.append(("alone", ", tiles alone", fields.threshold))
+        for array, words, threshold in kinds:
+            models.append(
+                predictions(
+                    fields.name + words,
+                    _probabilities(store, bundle, labelled, array),
+                    truth,
+                    slide_ids,
+                    patients,
+                    threshold=threshold,
+                    title=(fields.title or fields.name) + words,
+                    positive_from=positive_from,
+                )
+            )
     return Gathered(models, notes)
 
 
@@ -92,9 +105,12 @@ def _check_patients(bundle: LoadedBundle, slides: Sequence[StoredSlide], *, trai
     return notes
 
 
-def _probabilities(store: Store, bundle: LoadedBundle, slides: Sequence[StoredSlide]) -> NDArray[np.float32]:
+def _probabilities(
+    store: Store, bundle: LoadedBundle, slides: Sequence[StoredSlide], array: str
+) -> NDArray[np.float32]:
     """float32 (n,): the slides' probabilities by the bundle as it is now, one slide after the other."""
     name = bundle.fields.name
+    context = bundle.fields.context.model_dump() if bundle.fields.context else None
     own = {file_digest(path) for path in bundle.folder.glob("model*") if path.is_file()}
     parts = []
     for slide in slides:
@@ -102,8 +118,10 @@ def _probabilities(store: Store, bundle: LoadedBundle, slides: Sequence[StoredSl
         record = node.record()
         if not record.usable or record.made_from is None:
             raise UsageError(slide.slide_id, f"has no map by {name}", "run wsi-idc infer with that model first")
-        if record.made_from["tiles"] != slide.identity or record.made_from["model"] not in own:
+        made_from = record.made_from
+        same = made_from["model"] in own and made_from.get("context") == context
+        if made_from["tiles"] != slide.identity or not same:
             problem = f"its map by {name} is of older tiles or another version"
             raise UsageError(slide.slide_id, problem, "run wsi-idc infer")
-        parts.append(np.asarray(node.array("probability")[...], np.float32))
+        parts.append(np.asarray(node.array(array)[...], np.float32))
     return np.concatenate(parts)

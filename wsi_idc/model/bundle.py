@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from wsi_idc.errors import ModelError
 from wsi_idc.manifest import MPP_RANGE, check_slide_id
+from wsi_idc.model.config import Context
 from wsi_idc.settings import Precision, TileSpec
 
 MPP_TOLERANCE = 0.10
@@ -59,6 +60,7 @@ class Bundle(_Part):
     tile: BundleTile
     graph: BundleGraph = BundleGraph()
     threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    context: Context | None = None
     network: dict[str, Any] | None = None
     training: dict[str, Any] = {}
 
@@ -68,6 +70,11 @@ class Bundle(_Part):
         if fault := check_slide_id(value):
             raise ValueError(fault)
         return value
+
+    @property
+    def operating_point(self) -> float:
+        """The threshold of the probabilities that `infer` writes; `threshold` is that of a tile alone."""
+        return self.context.threshold if self.context else self.threshold
 
 
 class LoadedBundle:

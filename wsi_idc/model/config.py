@@ -11,6 +11,26 @@ Contrast = Literal["none", "stretch"]
 Flips = Literal["none", "averaged"]
 
 
+class Context(BaseModel):
+    """How the neighbours of a tile on its slide take part in its probability; see `model/context.py`.
+
+    Attributes:
+        reach_um: distance in um at which two places' logits are hardly correlated any more (about 0.14).
+        spread: standard deviation of the true logits over a slide, in units of a single tile's error.
+        mean: the logit that is expected where no tile is near.
+        temperature: logits are divided by it at the end.
+        threshold: the operating point of the result; the graph alone has the bundle's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    reach_um: Annotated[float, Field(gt=0.0, le=1e5)]
+    spread: Annotated[float, Field(gt=0.0, le=100.0)]
+    mean: Annotated[float, Field(ge=-20.0, le=20.0)] = 0.0
+    temperature: Annotated[float, Field(ge=0.01, le=100.0)] = 1.0
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+
+
 class NetworkConfig(BaseModel):
     """Everything that rebuilds a network, kept in `bundle.json`.
 

@@ -13,6 +13,7 @@ from wsi_idc.errors import UsageError
 from wsi_idc.evaluate.metrics import FIGURES, evaluate_one
 from wsi_idc.evaluate.predictions import Predictions, predictions
 from wsi_idc.model.bundle import read_bundle
+from wsi_idc.model.context import by_slide, in_context
 from wsi_idc.model.runtime import OnnxRuntime
 from wsi_idc.train.data import LabelledTiles, Say, read_pixels
 from wsi_idc.train.settings import TrainSettings
@@ -86,13 +87,18 @@ def _predict(folder: Path, tiles: LabelledTiles, split: Split, settings: TrainSe
     runtime = OnnxRuntime(bundle, "float32", settings.threads)
     parts = [runtime.predict(pixels[start : start + 256]) for start in range(0, len(pixels), 256)]
     cache.unlink(missing_ok=True)
+    probability: NDArray[np.floating] = np.concatenate(parts)
+    if context := bundle.fields.context:
+        alone, cell, spec = probability, tiles.cell[split.held_out], tiles.spec
+        slide = tiles.slide[split.held_out]
+        probability = by_slide(slide, lambda own: in_context(alone[own], cell[own], spec, context))
     return predictions(
         str(number),
-        np.concatenate(parts),
+        probability,
         tiles.part[split.held_out],
         tiles.slide[split.held_out],
         tiles.patient[split.held_out],
-        threshold=bundle.fields.threshold,
+        threshold=bundle.fields.operating_point,
         positive_from=settings.positive_from,
     )
 

@@ -29,6 +29,7 @@ class LabelledTiles:
         patient: str (n,), patient ids; a slide without one is a patient of its own.
         split: str (n,), as in the manifest: train, val, test or empty.
         row: int64 (n,), place in the slide's arrays.
+        cell: int32 (n, 2), row and column in the slide's grid.
         unknown: tiles left out because they have no label.
         identity: differs where the tiles differ.
     """
@@ -40,6 +41,7 @@ class LabelledTiles:
     patient: NDArray[np.str_]
     split: NDArray[np.str_]
     row: NDArray[np.int64]
+    cell: NDArray[np.int32]
     unknown: int
     identity: str
 
@@ -60,7 +62,14 @@ def labelled_tiles(store: Store) -> LabelledTiles:
     names = store.slide_ids()
     if not names:
         raise StoreError(store.path, "has no complete slide", "run wsi-idc extract first")
-    columns: dict[str, list[NDArray[Any]]] = {"part": [], "slide": [], "patient": [], "split": [], "row": []}
+    columns: dict[str, list[NDArray[Any]]] = {
+        "part": [],
+        "slide": [],
+        "patient": [],
+        "split": [],
+        "row": [],
+        "cell": [],
+    }
     unknown, spec, identities = 0, None, []
     for name in names:
         slide = store.slide(name)
@@ -73,6 +82,7 @@ def labelled_tiles(store: Store) -> LabelledTiles:
         values = {"slide": name, "patient": slide.patient_id or f"slide {name}", "split": slide.split}
         columns["part"].append(part[rows].astype(np.float32))
         columns["row"].append(rows.astype(np.int64))
+        columns["cell"].append(slide.cell[rows].reshape(-1, 2))
         for key, value in values.items():
             columns[key].append(np.full(len(rows), value))
         identities.append([name, slide.identity, checksum(part), values["patient"], values["split"]])

@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
+from scipy.special import logit
 
 from wsi_idc.errors import WsiIdcError
 from wsi_idc.evaluate.metrics import FIGURES, Evaluation, evaluate_one
 from wsi_idc.evaluate.predictions import predictions
 from wsi_idc.model.bundle import Bundle, read_bundle
+from wsi_idc.model.context import by_slide, in_context
 from wsi_idc.model.network import TileNetwork, export_onnx, quantize, save_weights
 from wsi_idc.model.runtime import OnnxRuntime
-from wsi_idc.train.calibrate import fit_temperature, fit_threshold, sigmoid
+from wsi_idc.train.calibrate import fit_context, fit_temperature, fit_threshold, sigmoid
 from wsi_idc.train.data import LabelledTiles, Say
 from wsi_idc.train.history import draw_history, merge_logs
 from wsi_idc.train.settings import TrainSettings
@@ -33,8 +35,8 @@ CALIBRATION_TILES = 512
 LIMITS = (
     "Research use only; not for diagnosis.",
     "Trained on tiles of the size and um/px stated; slides must be tiled the same way.",
-    "The figures here are those of the validation patients, who chose the epoch, the temperature and the threshold: "
-    "they flatter. Judge the model on patients that are in neither list.",
+    "The figures here are those of the validation patients, who chose the epoch, the temperatures, the thresholds and "
+    "how far neighbours count: they flatter. Judge the model on patients that are in neither list.",
 )
 TITLES = {"resnet50": "ResNet-50", "idc-2016": "IDC network of 2016, three convolutions"}
 
@@ -110,26 +112,35 @@ def _write(
     probability = sigmoid(logits / np.float32(temperature))
     threshold = fit_threshold(probability, truth)
     export_onnx(network, folder / "model.onnx")
-    evaluation = evaluate_one(
-        predictions(
-            name,
-            probability,
-            tiles.part[split.val],
-            tiles.slide[split.val],
-            tiles.patient[split.val],
-            threshold=threshold,
-            positive_from=settings.positive_from,
-        ),
-        seed=settings.seed,
-    )
+    cell, slide = tiles.cell[split.val], tiles.slide[split.val]
+    context, together = None, probability
+    # Split by tile, the neighbours of a validation tile trained the network: there is nothing to learn from them.
+    if settings.resolve().context and settings.split_by == "patient":
+        mean = float(logit(tiles.positive(settings.positive_from)[split.train].mean()))
+        context = fit_context(logits / np.float32(temperature), cell, slide, truth, tiles.spec, mean=mean)
+    if context:
+        known = context
+        together = by_slide(slide, lambda own: in_context(probability[own], cell[own], tiles.spec, known))
+
+    def judge(values: NDArray[np.float64], at: float) -> Evaluation:
+        patient, positive_from = tiles.patient[split.val], settings.positive_from
+        part = tiles.part[split.val]
+        data = predictions(name, values, part, slide, patient, threshold=at, positive_from=positive_from)
+        return evaluate_one(data, seed=settings.seed)
+
+    alone = judge(probability, threshold)
+    evaluation = judge(together, context.threshold) if context else alone
     card = _card(network, tiles, split, settings, name, threshold, evaluation, epochs)
+    if context:
+        card["context"] = context.model_dump()
+        card["training"]["figures_alone"] = _plain(_intervals(alone))
     _put_json(folder / "bundle.json", card)
     _check_graph(folder, probability, pixels["val"], settings.threads)
     notes = list(evaluation.notes)
     quantize(folder / "model.onnx", folder / "model.int8.onnx", _calibration(pixels["train"], settings.seed))
     card["graph"]["int8"] = "model.int8.onnx"
     _put_json(folder / "bundle.json", card)
-    loss = evaluation.figures["roc_auc"].value - _int8_auc(folder, pixels["val"], truth, settings.threads)
+    loss = alone.figures["roc_auc"].value - _int8_auc(folder, pixels["val"], truth, settings.threads)
     card["training"]["int8_auc_loss"] = round(loss, 5)
     if loss > INT8_AUC_LOSS:
         (folder / "model.int8.onnx").unlink()
@@ -223,7 +234,7 @@ def _card(
             "epochs": epochs,
             "temperature": float(network.temperature),
             "figures_on": "validation patients",
-            "figures": {key: [f.value, f.low, f.high] for key, f in evaluation.figures.items()},
+            "figures": _intervals(evaluation),
             "interval": f"95 %, bootstrap over {counts['val']['patients']} patients",
             **patients,
             "versions": {
@@ -235,6 +246,10 @@ def _card(
     }
     fields: dict[str, Any] = _plain(Bundle.model_validate(card).model_dump(mode="json", exclude_none=True))
     return fields
+
+
+def _intervals(evaluation: Evaluation) -> dict[str, list[float]]:
+    return {key: [figure.value, figure.low, figure.high] for key, figure in evaluation.figures.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -279,7 +294,24 @@ def _card_text(card: Mapping[str, Any]) -> str:
         f"| {training['figures_on']} | value | {training['interval']} |",
         "|---|---|---|",
     ]
-    for key, (value, low, high) in training["figures"].items():
-        numbers = ["undefined" if number is None else f"{number:.3f}" for number in (value, low, high)]
-        lines.append(f"| {FIGURES[key]} | {numbers[0]} | {numbers[1]} to {numbers[2]} |")
+    lines += _figure_lines(training["figures"])
+    if context := card.get("context"):
+        lines += [
+            "",
+            f"Neighbours count in these: reach {context['reach_um']:g} um, spread {context['spread']:g}, mean logit "
+            f"{context['mean']:.3f}, temperature {context['temperature']:.3f}, threshold {context['threshold']:.3f}. "
+            "Each tile alone, as the graph gives it:",
+            "",
+            f"| {training['figures_on']} | value | {training['interval']} |",
+            "|---|---|---|",
+            *_figure_lines(training["figures_alone"]),
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _figure_lines(figures: Mapping[str, Sequence[float | None]]) -> list[str]:
+    rows = []
+    for key, values in figures.items():
+        value, low, high = ("undefined" if number is None else f"{number:.3f}" for number in values)
+        rows.append(f"| {FIGURES[key]} | {value} | {low} to {high} |")
+    return rows

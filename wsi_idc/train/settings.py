@@ -55,6 +55,7 @@ class Recipe:
         ema: decay of the weights' moving average; 0 for none.
         mixup: parameter of the Beta distribution (Zhang et al., ICLR 2018, arXiv:1710.09412); 0 for none.
         smoothing: label smoothing; labels become `smoothing / 2` and `1 - smoothing / 2`.
+        context: let the neighbours of a tile take part in its probability, as far as the validation patients say.
     """
 
     activation: Activation
@@ -71,6 +72,7 @@ class Recipe:
     ema: float = 0.0
     mixup: float = 0.0
     smoothing: float = 0.0
+    context: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
@@ -88,6 +90,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         patience=0,
         monitor="val_auc",
         ema=0.998,
+        context=True,
         augmentation=Augmentation(
             rotation_deg=45, shift=0.05, zoom=0.2, mirror="all", stain=0.25, colour=0.1, brightness=0.06
         ),
@@ -133,6 +136,7 @@ class TrainSettings(Settings):
     patience: Annotated[int | None, Field(ge=0, le=10000, json_schema_extra=CONTENT)] = None
     mixup: Annotated[float | None, Field(ge=0.0, le=10.0, json_schema_extra=CONTENT)] = None
     smoothing: Annotated[float | None, Field(ge=0.0, lt=1.0, json_schema_extra=CONTENT)] = None
+    context: Annotated[bool | None, Field(json_schema_extra=CONTENT)] = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1, json_schema_extra=CONTENT)] = 0
     gpus: Annotated[int, Field(ge=0, le=64, json_schema_extra=RUNTIME)] = 0
     processes: Annotated[int, Field(ge=1, le=64, json_schema_extra=RUNTIME)] = 1
@@ -146,7 +150,7 @@ class TrainSettings(Settings):
 
     def resolve(self) -> Recipe:
         """The recipe, with what was said put in."""
-        names = ("activation", "flips", "epochs", "batch_size", "lr", "patience", "mixup", "smoothing")
+        names = ("activation", "flips", "epochs", "batch_size", "lr", "patience", "mixup", "smoothing", "context")
         said = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(RECIPES[self.recipe], **said)
 

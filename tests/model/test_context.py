@@ -1,0 +1,102 @@
+"""A tile's neighbours count as a Gaussian field says, and for nothing where there are none."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import expit, kv, logit
+
+from wsi_idc.errors import ModelError
+from wsi_idc.model.config import Context
+from wsi_idc.model.context import by_slide, in_context, smooth_logits
+from wsi_idc.settings import TileSpec
+
+SPEC = TileSpec()
+CONTEXT = Context(reach_um=2400.0, spread=1.5, mean=-0.8)
+
+
+def full(rows, columns):
+    return np.stack(np.unravel_index(np.arange(rows * columns), (rows, columns)), 1).astype(np.int32)
+
+
+def smooth(logits, cell, spec=SPEC, reach=2400.0, spread=1.5, mean=0.0):
+    return smooth_logits(np.asarray(logits, float), np.asarray(cell), spec, reach, spread, mean)
+
+
+def test_it_is_the_mean_of_the_field_that_the_paper_gives():
+    """Against the Matern covariance in closed form, on scattered cells, away from the approximations of the grid."""
+    generator = np.random.default_rng(0)
+    cell = full(24, 24)[generator.choice(576, 80, replace=False)]
+    logits = generator.normal(size=80)
+    reach, spread = 3000.0, 1.2
+    distance = 200.0 * np.sqrt(((cell[:, None] - cell[None]) ** 2).sum(-1)) * np.sqrt(8.0) / reach
+    near = np.maximum(distance, 1e-9)
+    covariance = spread**2 * near * kv(1, near)
+    expected = covariance @ np.linalg.solve(covariance + np.eye(80), logits)
+    found = smooth(logits, cell, reach=reach, spread=spread)
+    assert np.abs(found - expected).max() < 0.06
+    assert np.corrcoef(found, expected)[0, 1] > 0.998
+
+
+def test_a_tile_without_neighbours_keeps_its_logit_drawn_to_the_mean():
+    lone = smooth([2.0], [[5, 5]], mean=-1.0, spread=1.5)
+    share = 1.5**2 / (1.5**2 + 1.0)
+    assert lone == pytest.approx([-1.0 + share * 3.0], abs=0.1)
+
+
+def test_noise_on_a_region_goes_and_the_region_stays():
+    generator = np.random.default_rng(1)
+    cell = full(30, 30)
+    truth = (cell[:, 1] >= 15).astype(float) * 4.0 - 2.0
+    noisy = truth + generator.normal(0, 2.0, len(cell))
+    found = smooth(noisy, cell)
+    assert np.abs(found - truth).mean() < 0.4 * np.abs(noisy - truth).mean()
+    assert ((found > 0) == (truth > 0)).mean() > 0.97 > ((noisy > 0) == (truth > 0)).mean()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 100), count=st.integers(1, 40))
+def test_neither_the_order_nor_the_place_of_the_tiles_counts(seed, count):
+    generator = np.random.default_rng(seed)
+    cell = full(9, 9)[generator.choice(81, count, replace=False)]
+    logits, order = generator.normal(size=count), generator.permutation(count)
+    found = smooth(logits, cell)
+    assert smooth(logits[order], cell[order]) == pytest.approx(found[order], abs=1e-6)
+    assert smooth(logits, cell + np.array([7, 31])) == pytest.approx(found, abs=1e-6)
+
+
+def test_overlapping_tiles_are_several_grids_of_tiles_that_do_not():
+    generator = np.random.default_rng(2)
+    cell = full(10, 14)
+    logits = generator.normal(size=len(cell))
+    found = smooth(logits, cell, TileSpec(stride_px=25))
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        own = (cell[:, 0] % 2 == row) & (cell[:, 1] % 2 == column)
+        assert found[own] == pytest.approx(smooth(logits[own], cell[own] // 2), abs=1e-9)
+
+
+def test_a_reach_that_is_too_long_for_the_tiles_is_refused():
+    with pytest.raises(ModelError, match=r"context\.reach_um: 2400 um are 75 tiles, more than 60"):
+        smooth([1.0], [[0, 0]], TileSpec(size_px=8))
+
+
+def test_probabilities_stay_probabilities_at_the_ends():
+    cell = full(4, 4)
+    ends = np.tile(np.array([0.0, 1.0], np.float32), 8)
+    found = in_context(ends, cell, SPEC, CONTEXT)
+    assert found.dtype == np.float32 and found.shape == (16,)
+    assert np.isfinite(found).all() and (found >= 0).all() and (found <= 1).all()
+    assert in_context(np.zeros(0, np.float32), np.zeros((0, 2), np.int32), SPEC, CONTEXT).shape == (0,)
+
+
+def test_the_temperature_comes_last():
+    cell, alone = full(3, 3), np.linspace(0.1, 0.9, 9)
+    plain = in_context(alone, cell, SPEC, CONTEXT)
+    cooled = in_context(alone, cell, SPEC, CONTEXT.model_copy(update={"temperature": 0.5}))
+    assert cooled == pytest.approx(expit(logit(plain) * 2.0), abs=1e-5)
+
+
+def test_slides_do_not_touch_each_other():
+    slide = np.array(["b", "a", "b", "a"])
+    found = by_slide(slide, lambda own: own.astype(float) + 10.0 * len(own))
+    assert found.tolist() == [20.0, 21.0, 22.0, 23.0]
