@@ -5,8 +5,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
-
 
 def wsi_idc(*arguments, cwd):
     """Run the command as a process of its own."""
@@ -19,11 +17,6 @@ def wsi_idc(*arguments, cwd):
 def test_train_infer_and_evaluate_fit_together(make_store, tmp_path):
     splits = {f"p{index}": split for index, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 3)}
     store = make_store(splits, size=32)
-    for slide_id in store.slide_ids():
-        node = store.slide_node(slide_id)
-        count = node.array("idc").shape[0]
-        cells = np.stack([np.zeros(count), np.arange(count)], axis=1).astype(np.int32)
-        node.put("cell", cells, ("tile", "axis"))
     place = ["--store", store.path]
     done = wsi_idc(
         "train", *place, "--out", "m", "--network", "idc-2016", "--epochs", 2, "--batch-size", 16, cwd=tmp_path
