@@ -47,7 +47,8 @@ class ModelChoice:
     Attributes:
         folder: the bundle.
         name: its name; the folder of its maps.
-        digest: of the graph or the weights that run.
+        file: the graph or the weights that run.
+        digest: of that file.
         precision: of the graph on the CPU.
         cuda: whether torch runs it on a GPU.
         context: how neighbours take part in a tile's probability; None where they do not.
@@ -55,6 +56,7 @@ class ModelChoice:
 
     folder: Path
     name: str
+    file: str
     digest: str
     precision: Precision
     cuda: bool
@@ -68,10 +70,10 @@ def choose_model(bundle: LoadedBundle, settings: InferSettings) -> ModelChoice:
         ModelError: it cannot run.
     """
     cuda = settings.gpus > 0
-    path = bundle.weights if cuda else bundle.graph_path(settings.precision)
-    digest = file_digest(path) if path.is_file() else ""
-    fields = bundle.fields
-    choice = ModelChoice(bundle.folder, fields.name, digest, settings.precision, cuda, fields.context)
+    path, fields = bundle.model_file(settings.precision, cuda=cuda), bundle.fields
+    choice = ModelChoice(
+        bundle.folder, fields.name, path.name, file_digest(path), settings.precision, cuda, fields.context
+    )
     if not cuda:
         # With the threads that a task will have: in this process it is then loaded already when the first one runs.
         load_runtime(choice, threads_per_task(Workers(settings.workers), settings.threads))
@@ -81,10 +83,9 @@ def choose_model(bundle: LoadedBundle, settings: InferSettings) -> ModelChoice:
 @lru_cache(maxsize=2)
 def load_runtime(choice: ModelChoice, threads: int) -> "Runtime":
     """The model, loaded once in each process."""
-    from wsi_idc.model.runtime import OnnxRuntime, TorchRuntime
+    from wsi_idc.model import runtime
 
-    bundle = read_bundle(choice.folder)
-    return TorchRuntime(bundle, "cuda") if choice.cuda else OnnxRuntime(bundle, choice.precision, threads)
+    return runtime.load_runtime(read_bundle(choice.folder), choice.precision, threads, cuda=choice.cuda)
 
 
 def wanted(slide: "StoredSlide", choice: ModelChoice) -> dict[str, Any]:
@@ -268,6 +269,7 @@ class InferJob:
             "model": {
                 "name": self.choice.name,
                 "title": bundle.fields.title,
+                "file": self.choice.file,
                 "digest": self.choice.digest,
                 "precision": "float16" if self.choice.cuda else self.choice.precision,
                 "threshold": threshold,
@@ -308,5 +310,5 @@ def versions(choice: ModelChoice) -> dict[str, str]:
     """What the map was made with."""
     from importlib.metadata import version
 
-    package = "torch" if choice.cuda else "onnxruntime"
+    package = "onnxruntime" if choice.file.endswith(".onnx") else "torch"
     return {"wsi-idc": __version__, package: version(package), "zarr": version("zarr"), "numpy": version("numpy")}

@@ -7,7 +7,7 @@ import pytest
 
 from wsi_idc.errors import ModelError
 from wsi_idc.model.bundle import read_bundle
-from wsi_idc.model.runtime import OnnxRuntime
+from wsi_idc.model.runtime import load_runtime
 from wsi_idc.settings import TileSpec
 
 
@@ -27,7 +27,7 @@ def edit(bundle, **changes):
 
 
 def test_a_bundle_gives_the_mean_of_its_tiles(bundle):
-    runtime = OnnxRuntime(read_bundle(bundle), "auto", 1)
+    runtime = load_runtime(read_bundle(bundle), "auto", 1)
     tiles = np.zeros((3, 50, 50, 3), np.uint8)
     tiles[1], tiles[2] = 51, 255
     assert runtime.predict(tiles).tolist() == pytest.approx([0, 0.2, 1])
@@ -70,10 +70,10 @@ def test_a_graph_that_is_missing_or_damaged_is_named(bundle):
     whole = (bundle / "model.onnx").read_bytes()
     (bundle / "model.onnx").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match=r"graph\.file"):
-        OnnxRuntime(read_bundle(bundle), "auto", 1)
+        load_runtime(read_bundle(bundle), "auto", 1)
     (bundle / "model.onnx").unlink()
     with pytest.raises(ModelError, match=r"model\.onnx is missing"):
-        OnnxRuntime(read_bundle(bundle), "auto", 1)
+        load_runtime(read_bundle(bundle), "auto", 1)
 
 
 @pytest.mark.parametrize(
@@ -86,18 +86,18 @@ def test_a_graph_that_is_missing_or_damaged_is_named(bundle):
 )
 def test_ports_that_differ_from_the_bundle_are_named(bundle, changes, field):
     with pytest.raises(ModelError, match="^[^\n]*" + field.replace(".", r"\.")):
-        OnnxRuntime(read_bundle(edit(bundle, **changes)), "auto", 1)
+        load_runtime(read_bundle(edit(bundle, **changes)), "auto", 1)
 
 
 def test_int8_is_taken_where_it_is_and_only_then(bundle):
     loaded = read_bundle(bundle)
-    assert loaded.graph_path("auto") == loaded.graph_path("float32") == bundle / "model.onnx"
+    assert loaded.model_file("auto") == loaded.model_file("float32") == bundle / "model.onnx"
     with pytest.raises(ModelError, match=r"graph\.int8"):
-        loaded.graph_path("int8")
+        loaded.model_file("int8")
     (bundle / "model.int8.onnx").write_bytes((bundle / "model.onnx").read_bytes())
     loaded = read_bundle(edit(bundle, graph__int8="model.int8.onnx"))
-    assert loaded.graph_path("auto") == loaded.graph_path("int8") == bundle / "model.int8.onnx"
-    assert loaded.graph_path("float32") == bundle / "model.onnx"
+    assert loaded.model_file("auto") == loaded.model_file("int8") == bundle / "model.int8.onnx"
+    assert loaded.model_file("float32") == bundle / "model.onnx"
 
 
 @pytest.mark.parametrize(("mpp", "fits"), [(4.0, True), (4.39, True), (3.61, True), (4.41, False), (3.59, False)])
@@ -116,6 +116,6 @@ def test_the_stores_tile_size_must_be_the_same(bundle):
 
 
 def test_the_published_model_is_a_bundle(published_model):
-    runtime = OnnxRuntime(read_bundle(published_model), "auto", 1)
+    runtime = load_runtime(read_bundle(published_model), "auto", 1)
     probability = runtime.predict(np.full((5, 50, 50, 3), 200, np.uint8))
     assert probability.shape == (5,) and len(set(probability.tolist())) == 1

@@ -7,12 +7,12 @@ import pytest
 
 from wsi_idc.errors import ModelError
 from wsi_idc.model.bundle import read_bundle
-from wsi_idc.model.runtime import OnnxRuntime, TorchRuntime
+from wsi_idc.model.runtime import TorchRuntime, load_runtime, predict_all
 
 
 def test_a_bundle_without_weights_cannot_run_on_a_gpu(bundle):
     with pytest.raises(ModelError, match=r"model\.safetensors are needed on a GPU"):
-        TorchRuntime(read_bundle(bundle), "cpu")
+        load_runtime(read_bundle(bundle), "auto", 1, cuda=True)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def trained(bundle):
 def test_weights_and_graph_agree(trained):
     loaded = read_bundle(trained)
     tiles = np.random.default_rng(0).integers(0, 256, (40, 50, 50, 3), dtype=np.uint8)
-    by_graph = OnnxRuntime(loaded, "float32", 1).predict(tiles)
+    by_graph = load_runtime(loaded, "float32", 1).predict(tiles)
     by_torch = TorchRuntime(loaded, "cpu").predict(tiles)
     assert by_torch.dtype == np.float32 and by_torch.shape == (40,)
     assert by_graph.std() > 0
@@ -46,9 +46,25 @@ def test_weights_and_graph_agree(trained):
 def test_a_probability_does_not_depend_on_the_batch_or_the_threads(trained):
     loaded = read_bundle(trained)
     tiles = np.random.default_rng(0).integers(0, 256, (40, 50, 50, 3), dtype=np.uint8)
-    whole = OnnxRuntime(loaded, "float32", 2).predict(tiles)
-    single = OnnxRuntime(loaded, "float32", 1)
+    whole = load_runtime(loaded, "float32", 2).predict(tiles)
+    single = load_runtime(loaded, "float32", 1)
     assert np.allclose(whole, np.concatenate([single.predict(tiles[n : n + 1]) for n in range(40)]), atol=1e-6)
+
+
+def test_float32_comes_from_the_weights_where_there_is_no_float32_graph(trained):
+    tiles = np.random.default_rng(0).integers(0, 256, (40, 50, 50, 3), dtype=np.uint8)
+    by_graph = load_runtime(read_bundle(trained), "float32", 1).predict(tiles)
+    (trained / "model.onnx").unlink()
+    runtime = load_runtime(read_bundle(trained), "float32", 1)
+    assert isinstance(runtime, TorchRuntime)
+    assert np.abs(by_graph - runtime.predict(tiles)).max() < 1e-4
+
+
+def test_any_number_of_tiles_is_scored(trained):
+    runtime = load_runtime(read_bundle(trained), "auto", 1)
+    tiles = np.random.default_rng(0).integers(0, 256, (300, 50, 50, 3), dtype=np.uint8)
+    assert predict_all(runtime, tiles).shape == (300,)
+    assert predict_all(runtime, tiles[:0]).shape == (0,)
 
 
 def test_weights_that_are_damaged_are_named(trained):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from wsi_idc.errors import ModelError, UsageError, WsiIdcError
 from wsi_idc.model.bundle import read_bundle
 from wsi_idc.model.network import load_network
-from wsi_idc.model.runtime import OnnxRuntime
+from wsi_idc.model.runtime import load_runtime
 from wsi_idc.store import open_store
 from wsi_idc.train import TrainSettings, run
 from wsi_idc.train.callbacks import WholeCheckpoints
@@ -80,7 +80,7 @@ def test_a_bundle_is_whole_and_its_forms_agree(make_store, patients, tmp_path, r
     tiles = np.asarray(store.slide("slide-g").tiles[...])
     with torch.no_grad():
         logits = load_network(bundle.fields.network, bundle.weights)(torch.from_numpy(tiles))
-    found = OnnxRuntime(bundle, "float32", 1).predict(tiles)
+    found = load_runtime(bundle, "float32", 1).predict(tiles)
     assert np.abs(found - torch.sigmoid(logits).numpy()).max() < 1e-4
     work = tmp_path / "bundle.training"
     assert not [path.name for path in work.rglob("*") if path.suffix in {".ckpt", ".npy", ".partial"}]

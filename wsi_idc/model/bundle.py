@@ -2,9 +2,9 @@
 
 bundle/
   bundle.json          the fields of `Bundle`
-  model.onnx           tiles uint8 (n, size, size, 3) RGB -> probability float32 (n,)
+  model.onnx           tiles uint8 (n, size, size, 3) RGB -> probability float32 (n,); optional beside weights
   model.int8.onnx      the same, quantised; optional
-  model.safetensors    weights, for torch on CUDA; optional
+  model.safetensors    weights, for torch: on CUDA, and for float32 where there is no model.onnx; optional
 """
 
 import hashlib
@@ -19,6 +19,8 @@ from wsi_idc.manifest import MPP_RANGE, check_slide_id
 from wsi_idc.model.config import Context
 from wsi_idc.settings import Precision, TileSpec
 
+SHIPPED = Path(__file__).parent.parent / "models" / "idc-resnet50"
+"""The bundle that comes with the package."""
 MPP_TOLERANCE = 0.10
 """A store whose um/px differs from the bundle's by more than this part is refused."""
 
@@ -93,20 +95,35 @@ class LoadedBundle:
         """The weights for torch; may be absent."""
         return self.folder / "model.safetensors"
 
-    def graph_path(self, precision: Precision) -> Path:
-        """The graph of a precision; "auto" is int8 where the bundle has it.
+    def model_file(self, precision: Precision, *, cuda: bool = False) -> Path:
+        """What the model runs from: a graph (`.onnx`), or the weights on CUDA and where there is no float32 graph.
+
+        Args:
+            precision: of the graph on the CPU; "auto" is int8 where the bundle has it.
+            cuda: on a GPU.
 
         Raises:
-            ModelError: the bundle has no such graph.
+            ModelError: the bundle has no such file.
         """
         graph = self.fields.graph
+        if cuda:
+            if not self._has_network:
+                problem = "network and model.safetensors are needed on a GPU"
+                raise ModelError(self.folder, problem, "leave --gpus out, or train anew")
+            return self.weights
         if precision == "int8" and graph.int8 is None:
             raise ModelError(self.folder, "graph.int8: the bundle has no int8 graph", "use --precision float32")
         name = graph.int8 if graph.int8 and precision != "float32" else graph.file
         path = self.folder / name
+        if name == graph.file and not path.is_file() and self._has_network:
+            return self.weights
         if not path.is_file():
             raise ModelError(self.folder, f"graph: {name} is missing", "the bundle is not whole: copy it again")
         return path
+
+    @property
+    def _has_network(self) -> bool:
+        return self.fields.network is not None and self.weights.is_file()
 
     def check_fits(self, spec: TileSpec) -> None:
         """Refuse tiles that the model was not made for.

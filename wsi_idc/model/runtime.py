@@ -1,5 +1,9 @@
-"""What runs a model: ONNX Runtime on the CPU, torch on CUDA. Both take uint8 tiles and give probabilities."""
+"""What runs a model: ONNX Runtime on the CPU; torch on CUDA, and for float32 where a bundle has weights and no graph.
 
+All take uint8 tiles and give probabilities.
+"""
+
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +21,30 @@ class Runtime(Protocol):
         """P(IDC) of each tile: float32 (n,), from uint8 (n, size, size, 3) RGB."""
 
 
+def load_runtime(bundle: LoadedBundle, precision: Precision, threads: int, *, cuda: bool = False) -> Runtime:
+    """The model, ready to run.
+
+    Args:
+        bundle: the model.
+        precision: of the graph on the CPU.
+        threads: of the CPU; 0 for one a core.
+        cuda: on a GPU.
+
+    Raises:
+        ModelError: the bundle lacks the file, or it cannot be loaded.
+    """
+    path = bundle.model_file(precision, cuda=cuda)
+    if path != bundle.weights:
+        return OnnxRuntime(bundle, path, threads)
+    return TorchRuntime(bundle, "cuda" if cuda else "cpu", threads)
+
+
+def predict_all(runtime: Runtime, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """P(IDC) of any number of tiles, 256 at a time: float32 (n,), from uint8 (n, size, size, 3) RGB."""
+    parts = [runtime.predict(tiles[start : start + 256]) for start in range(0, len(tiles), 256)]
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
 class OnnxRuntime:
     """A bundle's graph in ONNX Runtime on the CPU.
 
@@ -24,10 +52,9 @@ class OnnxRuntime:
         ModelError: the graph cannot be loaded, or has another input or output than the bundle says.
     """
 
-    def __init__(self, bundle: LoadedBundle, precision: Precision, threads: int) -> None:
+    def __init__(self, bundle: LoadedBundle, path: Path, threads: int) -> None:
         import onnxruntime
 
-        path = bundle.graph_path(precision)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
@@ -70,21 +97,20 @@ def _check_port(
 
 
 class TorchRuntime:
-    """A bundle's network in torch, from safetensors; meant for CUDA, tested on the CPU device.
+    """A bundle's network in torch, from safetensors: on CUDA, and on the CPU where there is no float32 graph.
 
     Raises:
-        ModelError: the bundle has no weights or no network, or they do not fit.
+        ModelError: the weights do not fit the network.
     """
 
-    def __init__(self, bundle: LoadedBundle, device: str) -> None:
+    def __init__(self, bundle: LoadedBundle, device: str, threads: int = 0) -> None:
         import torch
 
         from wsi_idc.model.network import load_network
 
-        if bundle.fields.network is None or not bundle.weights.is_file():
-            raise ModelError(
-                bundle.folder, "network and model.safetensors are needed on a GPU", "leave --gpus out, or train anew"
-            )
+        assert bundle.fields.network is not None
+        if threads and device == "cpu":
+            torch.set_num_threads(threads)
         self._torch = torch
         self._device = torch.device(device)
         self._network = load_network(bundle.fields.network, bundle.weights).eval().to(self._device)

@@ -14,7 +14,7 @@ from wsi_idc.evaluate.metrics import FIGURES, evaluate_one
 from wsi_idc.evaluate.predictions import Predictions, predictions
 from wsi_idc.model.bundle import read_bundle
 from wsi_idc.model.context import by_slide, in_context
-from wsi_idc.model.runtime import OnnxRuntime
+from wsi_idc.model.runtime import load_runtime, predict_all
 from wsi_idc.train.data import LabelledTiles, Say, read_pixels
 from wsi_idc.train.settings import TrainSettings
 from wsi_idc.train.splits import Split
@@ -84,10 +84,8 @@ def _predict(folder: Path, tiles: LabelledTiles, split: Split, settings: TrainSe
     bundle = read_bundle(folder)
     cache = folder.with_name(folder.name + ".training") / "held-out.npy"
     pixels = read_pixels(tiles, split.held_out, cache, settings.memory_gb * 2**30)
-    runtime = OnnxRuntime(bundle, "float32", settings.threads)
-    parts = [runtime.predict(pixels[start : start + 256]) for start in range(0, len(pixels), 256)]
+    probability: NDArray[np.floating] = predict_all(load_runtime(bundle, "float32", settings.threads), pixels)
     cache.unlink(missing_ok=True)
-    probability: NDArray[np.floating] = np.concatenate(parts)
     if context := bundle.fields.context:
         alone, cell, spec = probability, tiles.cell[split.held_out], tiles.spec
         slide = tiles.slide[split.held_out]

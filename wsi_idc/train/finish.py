@@ -22,7 +22,7 @@ from wsi_idc.evaluate.predictions import predictions
 from wsi_idc.model.bundle import Bundle, read_bundle
 from wsi_idc.model.context import by_slide, in_context
 from wsi_idc.model.network import TileNetwork, export_onnx, quantize, save_weights
-from wsi_idc.model.runtime import OnnxRuntime
+from wsi_idc.model.runtime import load_runtime, predict_all
 from wsi_idc.train.calibrate import fit_context, fit_temperature, fit_threshold, sigmoid
 from wsi_idc.train.data import LabelledTiles, Say
 from wsi_idc.train.history import draw_history, merge_logs
@@ -171,7 +171,7 @@ def predict_logits(network: TileNetwork, pixels: NDArray[np.uint8], device: str)
 def _check_graph(folder: Path, expected: NDArray[np.float64], pixels: NDArray[np.uint8], threads: int) -> None:
     """Raise an error where the graph and the network disagree."""
     some = slice(0, 512)
-    found = OnnxRuntime(read_bundle(folder), "float32", threads).predict(pixels[some])
+    found = load_runtime(read_bundle(folder), "float32", threads).predict(pixels[some])
     gap = float(np.abs(found - expected[some]).max())
     if gap > FLOAT32_TOLERANCE:
         problem = f"the graph and the network differ by {gap:.2g}, more than {FLOAT32_TOLERANCE:g}"
@@ -181,9 +181,8 @@ def _check_graph(folder: Path, expected: NDArray[np.float64], pixels: NDArray[np
 def _int8_auc(folder: Path, pixels: NDArray[np.uint8], truth: NDArray[np.bool_], threads: int) -> float:
     from sklearn.metrics import roc_auc_score
 
-    runtime = OnnxRuntime(read_bundle(folder), "int8", threads)
-    parts = [runtime.predict(pixels[start : start + 256]) for start in range(0, len(pixels), 256)]
-    return float(roc_auc_score(truth, np.concatenate(parts)))
+    runtime = load_runtime(read_bundle(folder), "int8", threads)
+    return float(roc_auc_score(truth, predict_all(runtime, pixels)))
 
 
 def _calibration(pixels: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:

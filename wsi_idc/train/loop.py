@@ -191,12 +191,11 @@ def _taught(
     teacher: LoadedBundle, pixels: NDArray[np.uint8], labels: NDArray[np.float32], threads: int, say: Say
 ) -> NDArray[np.float32]:
     """Labels blended with a teacher's probabilities (Hinton et al., 2015, arXiv:1503.02531): float32 (n,)."""
-    from wsi_idc.model.runtime import OnnxRuntime
+    from wsi_idc.model.runtime import load_runtime, predict_all
 
-    runtime = OnnxRuntime(teacher, "float32", threads)
+    runtime = load_runtime(teacher, "float32", threads)
     say(f"asking the teacher {teacher.fields.name} about {len(pixels):,} training tiles")
-    parts = [runtime.predict(pixels[start : start + 256]) for start in range(0, len(pixels), 256)]
-    blended: NDArray[np.float32] = (1.0 - TEACHER_SHARE) * labels + TEACHER_SHARE * np.concatenate(parts)
+    blended: NDArray[np.float32] = (1.0 - TEACHER_SHARE) * labels + TEACHER_SHARE * predict_all(runtime, pixels)
     return blended.astype(np.float32)
 
 
