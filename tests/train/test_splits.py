@@ -44,6 +44,15 @@ def test_each_fold_holds_out_other_patients_and_val_patients_stay_val(make_store
         assert sorted(train + out) == ["a", "b", "c", "d"]
 
 
+def test_patients_whom_the_first_weights_have_seen_train_in_every_fold(make_store, patients):
+    tiles = labelled_tiles(make_store(patients))
+    folds = list(make_folds(tiles, TrainSettings(folds=2), {"a", "b", "not here"}))
+    assert sorted(name for fold in folds for name in set(tiles.patient[fold.held_out].tolist())) == ["c", "d"]
+    for fold in folds:
+        assert {"a", "b"} < set(tiles.patient[fold.train].tolist())
+        assert (np.diff(fold.train) > 0).all()
+
+
 def test_folds_without_val_patients_make_their_own_from_the_training_part(make_store):
     tiles = labelled_tiles(make_store({f"p{number}": "" for number in range(9)}))
     for split in make_folds(tiles, TrainSettings(folds=3)):

@@ -88,7 +88,10 @@ def run(
         def train(folder: Path, fold: Split) -> TrainResult:
             return run_split(tiles, fold, folder, settings, say, resume=resume, progress=progress)
 
-        return cross_validate(tiles, make_folds(tiles, settings), out, settings, train, say)
+        seen: set[str] = set()
+        for folder in filter(None, (settings.init, settings.teacher)):
+            seen.update(read_bundle(folder).fields.training.get("train_patients", []))
+        return cross_validate(tiles, make_folds(tiles, settings, seen), out, settings, train, say)
     return run_split(tiles, make_split(tiles, settings, say), out, settings, say, resume=resume, progress=progress)
 
 

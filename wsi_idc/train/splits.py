@@ -1,6 +1,6 @@
 """Who trains, who validates: split by patient, from the manifest or by stratified group folds."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,10 +59,15 @@ def make_split(tiles: LabelledTiles, settings: TrainSettings, say: Say) -> Split
     return split
 
 
-def make_folds(tiles: LabelledTiles, settings: TrainSettings) -> Iterator[Split]:
+def make_folds(tiles: LabelledTiles, settings: TrainSettings, seen: Collection[str] = ()) -> Iterator[Split]:
     """Cross-validation: each patient who is not of split val or test is held out once.
 
     The manifest's val patients validate in every fold; without any, a part of each fold's training patients does.
+
+    Args:
+        tiles: the store's labelled tiles.
+        settings: the number of folds, the seed and the size of a validation part.
+        seen: patients that another bundle, from which these start or learn, was trained on: they train in every fold.
 
     Raises:
         UsageError: fewer patients than folds, a patient on two sides, or one class only.
@@ -70,12 +75,15 @@ def make_folds(tiles: LabelledTiles, settings: TrainSettings) -> Iterator[Split]
     from sklearn.model_selection import StratifiedGroupKFold
 
     positive = tiles.positive(settings.positive_from)
-    pool = np.flatnonzero((tiles.split != "test") & (tiles.split != "val"))
+    usable = (tiles.split != "test") & (tiles.split != "val")
+    known = np.isin(tiles.patient, list(seen))
+    pool, always = np.flatnonzero(usable & ~known), np.flatnonzero(usable & known)
     val = np.flatnonzero(tiles.split == "val")
     _check_count(tiles.patient[pool], settings.folds, f"--folds {settings.folds}")
     folds = StratifiedGroupKFold(settings.folds, shuffle=True, random_state=settings.seed)
     for number, (rest, out) in enumerate(folds.split(pool, positive[pool], tiles.patient[pool]), start=1):
-        train, chosen = (pool[rest], val) if len(val) else _by_patient(tiles, pool[rest], positive, settings)
+        own = np.union1d(pool[rest], always)
+        train, chosen = (own, val) if len(val) else _by_patient(tiles, own, positive, settings)
         split = Split(train, chosen, pool[out], f"by patient, fold {number} of {settings.folds}, seed {settings.seed}")
         _check(tiles, split, positive, settings)
         yield split
