@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from wsi_idc.errors import UsageError
 from wsi_idc.evaluate.gather import gather
+from wsi_idc.evaluate.held_out import read_held_out, write_held_out
 from wsi_idc.extract import extract
 from wsi_idc.infer import infer
 from wsi_idc.manifest import read_manifest
@@ -66,7 +67,7 @@ def test_patients_that_the_model_was_trained_on_are_refused_unless_asked_for(sto
 
 
 def test_what_cannot_be_judged_is_one_line(store, bundle, make, tmp_path, recorder):
-    with pytest.raises(UsageError, match="two bundles are named mean"):
+    with pytest.raises(UsageError, match="two models are named mean"):
         gather(store, [read_bundle(bundle)] * 2, "test", positive_from=0.5, trained_on=False)
     with pytest.raises(UsageError, match="has no map by other"):
         judge(store, read_bundle(make.write_bundle(tmp_path / "other", name="other")))
@@ -74,6 +75,51 @@ def test_what_cannot_be_judged_is_one_line(store, bundle, make, tmp_path, record
     (changed / "model.onnx").write_bytes((changed / "model.onnx").read_bytes() + b"\0")
     with pytest.raises(UsageError, match="another version"):
         judge(store, read_bundle(changed))
+
+
+def held_out(folder, tiles, slides=("s0", "s2"), flip=False):
+    """A cross-validation of two folds that held out 24 tiles a slide; `tiles` gives a slide's truth."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for fold, slide in enumerate(slides):
+        truth = tiles(slide) != flip
+        rows += [
+            {"fold": fold, "slide": slide, "row": row, "patient": f"p{slide[1:]}", "truth": int(truth[row])}
+            | {"probability": 0.1 + 0.03 * row, "threshold": 0.3 + 0.1 * fold, "alone": 0.05, "alone_threshold": 0.6}
+            for row in reversed(range(24))
+        ]
+    write_held_out(folder, rows)
+    return folder
+
+
+def test_a_cross_validation_is_judged_on_whom_it_held_out_beside_a_model(store, bundle, tmp_path):
+    def truth(slide):
+        return store.slide(slide).idc >= 0.5
+
+    folds = read_held_out(held_out(tmp_path / "cv", truth))
+    found = gather(store, [folds, read_bundle(bundle)], "all", positive_from=0.5, trained_on=False, alone=True)
+    assert "cv: each of 2 slides is judged by the fold that never saw its patient; 2 slides" in found.notes[0]
+    together, alone, other = found.models
+    assert [model.model for model in found.models] == ["cv", "cv, tiles alone", "mean"]
+    assert together.probability[:24] == pytest.approx(0.1 + 0.03 * np.arange(24))
+    assert together.thresholds == [0.3, 0.4] and set(together.threshold[:24].tolist()) == {0.3}
+    assert alone.thresholds == [0.6]
+    assert set(other.slide.tolist()) == {"s0", "s2"}
+    assert len(gather(store, [folds], "test", positive_from=0.5, trained_on=False).models[0]) == 24
+    with pytest.raises(UsageError, match="held out no slide of the split val"):
+        gather(store, [folds], "val", positive_from=0.5, trained_on=False)
+    with pytest.raises(UsageError, match="s0: its tiles or labels are not those that other held out"):
+        changed = read_held_out(held_out(tmp_path / "other", truth, flip=True))
+        gather(store, [changed], "all", positive_from=0.5, trained_on=False)
+
+
+def test_a_damaged_cross_validation_is_one_line(store, tmp_path):
+    folder = held_out(tmp_path / "cv", lambda slide: np.zeros(24, bool))
+    whole = (folder / "held-out.csv").read_text()
+    for text in (whole.replace("probability", "p"), whole.replace("0.3", "x"), whole.splitlines()[0], ""):
+        (folder / "held-out.csv").write_text(text)
+        with pytest.raises(UsageError, match=r"held-out\.csv"):
+            read_held_out(folder)
 
 
 def test_the_command_writes_a_report_and_refuses_in_a_line(store, bundle, tmp_path, monkeypatch):
@@ -100,7 +146,7 @@ def test_tiles_alone_are_judged_beside_those_with_their_neighbours(store, bundle
     other = read_bundle(make.write_bundle(tmp_path / "other", name="other", threshold=0.4, context=context))
     infer(store.path, other, InferSettings(), listener=recorder)
     models = gather(store, [other], "test", positive_from=0.5, trained_on=False, alone=True).models
-    assert [(model.model, model.threshold) for model in models] == [("other", 0.6), ("other, tiles alone", 0.4)]
+    assert [(model.model, *model.thresholds) for model in models] == [("other", 0.6), ("other, tiles alone", 0.4)]
     (plain,) = judge(store, read_bundle(bundle)).models
     assert np.array_equal(models[1].probability, plain.probability)
     assert not np.array_equal(models[0].probability, plain.probability)

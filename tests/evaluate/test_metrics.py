@@ -13,7 +13,7 @@ from sklearn import metrics as sk
 
 from wsi_idc.errors import UsageError
 from wsi_idc.evaluate.bootstrap import calibration_bin, patient_weights, ranking_figures, resampled_figures
-from wsi_idc.evaluate.metrics import FIGURES, compare, confusion_at, evaluate, evaluate_one, point_figures
+from wsi_idc.evaluate.metrics import FIGURES, compare, confusion_of, evaluate, evaluate_one, point_figures
 from wsi_idc.evaluate.predictions import predictions
 
 
@@ -49,12 +49,12 @@ def reference(truth, probability, threshold):
 def test_point_figures_are_scikit_learns(decimals, some):
     data = some(decimals=decimals)
     wanted = reference(data.truth, data.probability, 0.4)
-    assert point_figures(data.truth, data.probability, 0.4) == pytest.approx(wanted, abs=1e-12)
+    assert point_figures(data.truth, data.probability, data.probability >= 0.4) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_confusion_counts_a_tile_at_the_threshold_as_called():
     truth = np.array([True, True, True, False, False])
-    cells = confusion_at(truth, np.array([0.5, 0.9, 0.49, 0.5, 0.1]), 0.5)
+    cells = confusion_of(truth, np.array([0.5, 0.9, 0.49, 0.5, 0.1]) >= 0.5)
     assert (cells.tp, cells.fn, cells.fp, cells.tn) == (2, 1, 1, 1)
 
 
@@ -70,7 +70,7 @@ def test_the_bootstrap_is_one_that_copies_rows(decimals, some):
     names = np.unique(data.patient)
     for index, row in enumerate(weights):
         rows = np.concatenate([np.flatnonzero(data.patient == names[k]) for k in np.repeat(np.arange(9), row)])
-        slow = reference(data.truth[rows], data.probability[rows], data.threshold)
+        slow = reference(data.truth[rows], data.probability[rows], data.threshold[rows])
         assert {name: values[index] for name, values in fast.items()} == pytest.approx(slow, abs=1e-12, nan_ok=True)
 
 
@@ -209,6 +209,17 @@ def test_what_cannot_be_evaluated_is_one_clear_line(probability, truth, patient,
         predictions("m", probability, truth, ["s"] * len(truth), patient, threshold=0.5)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_each_tile_may_have_a_threshold_of_its_own():
+    two = predictions(
+        "m", [0.3, 0.3, np.nan, 0.3], [1, 0, 1, 0], ["s", "t", "t", "u"], ["p", "q", "q", "r"],
+        threshold=[0.2, 0.4, 0.9, 0.3],
+    )  # fmt: skip
+    assert two.called.tolist() == [True, False, True]
+    assert two.thresholds == [0.2, 0.3, 0.4] and two.threshold_words == "0.2 and 0.3 and 0.4"
+    confusion = evaluate_one(two, resamples=20).confusion
+    assert (confusion.tp, confusion.fp, confusion.tn, confusion.fn) == (1, 1, 1, 0)
 
 
 def test_a_threshold_that_is_no_probability_is_refused():

@@ -7,7 +7,6 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from wsi_idc.model.context import by_slide, in_context
 from wsi_idc.settings import TileSpec
 from wsi_idc.train.calibrate import fit_context, fit_temperature, fit_threshold, sigmoid
-from wsi_idc.train.cross_validation import centred
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -33,12 +32,6 @@ def test_no_threshold_does_better():
 
     chosen = fit_threshold(probability, truth)
     assert worth(chosen) == pytest.approx(max(worth(value) for value in np.arange(0.005, 1, 0.01)))
-
-
-def test_folds_are_put_together_at_their_own_thresholds():
-    probability = np.array([0.1, 0.2999, 0.3001, 0.9], np.float32)
-    assert (centred(probability, 0.3) >= 0.5).tolist() == [False, False, True, True]
-    assert np.allclose(centred(probability, 0.5), probability, atol=1e-6)
 
 
 def regions(generator, slides=4, side=16):

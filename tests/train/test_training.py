@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from wsi_idc.errors import ModelError, UsageError, WsiIdcError
+from wsi_idc.evaluate.gather import gather
+from wsi_idc.evaluate.held_out import read_held_out
+from wsi_idc.evaluate.metrics import evaluate
 from wsi_idc.model.bundle import read_bundle
 from wsi_idc.model.network import load_network
 from wsi_idc.model.runtime import load_runtime
@@ -246,7 +249,7 @@ def test_cross_validation_predicts_every_patient_once_and_goes_on_where_it_was(m
     result = run(store.path, tmp_path / "cv", settings, say=quiet)
     rows = (tmp_path / "cv" / "held-out.csv").read_text().splitlines()[1:]
     assert len(rows) == 4 * 24
-    assert {row.split(",")[2] for row in rows} == {"a", "b", "c", "d"}
+    assert {row.split(",")[3] for row in rows} == {"a", "b", "c", "d"}
     summary = json.loads((tmp_path / "cv" / "cross-validation.json").read_text())
     assert summary["patients"] == 4
     assert len(summary["folds"]) == 2
@@ -257,6 +260,11 @@ def test_cross_validation_predicts_every_patient_once_and_goes_on_where_it_was(m
     again = run(store.path, tmp_path / "cv", settings, say=lines.append)
     assert lines == ["fold 1: done before", "fold 2: done before"]
     assert again.figures == result.figures
+    found = gather(store, [read_held_out(tmp_path / "cv")], "all", positive_from=0.5, trained_on=False)
+    (judged,) = evaluate(found.models).evaluations
+    assert {name: figure.value for name, figure in judged.figures.items()} == pytest.approx(
+        {name: value for name, (value, _, _) in result.figures.items()}
+    )
     with pytest.raises(UsageError, match="fold-1: was trained with other settings"):
         run(store.path, tmp_path / "cv", settings.model_copy(update={"seed": 4}), say=quiet)
 

@@ -47,7 +47,7 @@ def resampled_figures(data: Predictions, weights: NDArray[np.int64]) -> dict[str
     _, owner = np.unique(data.patient, return_inverse=True)
     factors = weights.astype(np.float64)
     probability = data.probability.astype(np.float64)
-    cells = 2 * data.truth + (data.probability >= data.threshold)
+    cells = 2 * data.truth + data.called
     n_patients = weights.shape[1]
     counts = factors @ _sums(owner, cells, np.ones(len(data)), n_patients, 4)
     tn, fp, fn, tp = counts.T

@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc.errors import UsageError
+from wsi_idc.evaluate.held_out import HeldOut
 from wsi_idc.evaluate.predictions import Predictions, predictions
 from wsi_idc.model.bundle import LoadedBundle, file_digest
 from wsi_idc.store import Store, StoredSlide
 
+ALONE = ", tiles alone"
 SplitName = Literal["train", "val", "test", "all"]
 
 
@@ -25,32 +27,31 @@ class Gathered:
 
 def gather(
     store: Store,
-    bundles: Sequence[LoadedBundle],
+    models: Sequence[LoadedBundle | HeldOut],
     split: SplitName,
     *,
     positive_from: float,
     trained_on: bool,
     alone: bool = False,
 ) -> Gathered:
-    """The probabilities of every bundle over the labelled tiles of one split.
+    """The probabilities of every model over the labelled tiles of one split.
 
     Args:
         store: with the maps of every bundle.
-        bundles: the models; they are compared on the same tiles.
+        models: bundles and cross-validations; they are compared on the same tiles, with a cross-validation on those
+            that it held out.
         split: whose slides; "all" takes every slide that has labels, whatever its split.
         positive_from: IDC part from which a tile is positive.
         trained_on: judge a model also on patients that it was trained on; the notes say so.
         alone: judge each model that lets neighbours take part also by its tiles alone, as a model of its own.
 
     Raises:
-        UsageError: no slide of the split, one without a map, a map by another version of the model, two bundles of one
+        UsageError: no slide of the split, one without a map, a map by another version of the model, two models of one
             name, or patients that a bundle was trained on.
     """
-    names = [bundle.fields.name for bundle in bundles]
+    names = [_name(model) for model in models]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(
-            "--model", f"two bundles are named {twice[0]}", "rename one in its bundle.json and infer again"
-        )
+        raise UsageError("--model", f"two models are named {twice[0]}", "rename one in its bundle.json and infer again")
     slides = [store.slide(name) for name in store.slide_ids()]
     slides = [slide for slide in slides if split in ("all", slide.split)]
     labelled = [slide for slide in slides if slide.count and not np.isnan(slide.idc).all()]
@@ -59,31 +60,74 @@ def gather(
         advice = "annotations make labels" if slides else "see the manifest's column split, or use --split all"
         raise UsageError(store.path, what, advice)
     notes = []
-    for bundle in bundles:
-        notes += _check_patients(bundle, labelled, trained_on=trained_on)
+    for model in models:
+        if isinstance(model, HeldOut):
+            held_out = [slide for slide in labelled if slide.slide_id in model.slides]
+            if not held_out:
+                advice = "see the manifest's column split, or use --split all"
+                raise UsageError(model.folder, f"held out no slide of the split {split}", advice)
+            notes.append(
+                f"{model.name}: each of {len(held_out):,} slides is judged by the fold that never saw its patient; "
+                f"{len(labelled) - len(held_out):,} slides that it did not hold out are left out"
+            )
+            labelled = held_out
+    for model in models:
+        if isinstance(model, LoadedBundle):
+            notes += _check_patients(model, labelled, trained_on=trained_on)
     truth = np.concatenate([slide.idc for slide in labelled])
     slide_ids = np.concatenate([np.full(slide.count, slide.slide_id) for slide in labelled])
     patients = np.concatenate([np.full(slide.count, slide.patient_id) for slide in labelled])
-    models = []
-    for bundle in bundles:
-        fields = bundle.fields
-        kinds = [("probability", "", fields.operating_point)]
-        if alone and fields.context:
-            kinds.append(("alone", ", tiles alone", fields.threshold))
-        for array, words, threshold in kinds:
-            models.append(
+    found = []
+    for model in models:
+        if isinstance(model, HeldOut):
+            results = _held_out(model, labelled, positive_from, alone=alone)
+        else:
+            results = _of_bundle(store, model, labelled, alone=alone)
+        for words, title, probability, threshold in results:
+            found.append(
                 predictions(
-                    fields.name + words,
-                    _probabilities(store, bundle, labelled, array),
+                    _name(model) + words,
+                    probability,
                     truth,
                     slide_ids,
                     patients,
                     threshold=threshold,
-                    title=(fields.title or fields.name) + words,
+                    title=title + words,
                     positive_from=positive_from,
                 )
             )
-    return Gathered(models, notes)
+    return Gathered(found, notes)
+
+
+Result = tuple[str, str, NDArray[np.floating], float | NDArray[np.float64]]
+"""Words added to the name, title, probabilities (n,), threshold or thresholds (n,)."""
+
+
+def _name(model: LoadedBundle | HeldOut) -> str:
+    return model.name if isinstance(model, HeldOut) else model.fields.name
+
+
+def _of_bundle(store: Store, bundle: LoadedBundle, slides: Sequence[StoredSlide], *, alone: bool) -> list[Result]:
+    fields = bundle.fields
+    kinds = [("probability", "", fields.operating_point)]
+    if alone and fields.context:
+        kinds.append(("alone", ALONE, fields.threshold))
+    return [
+        (words, fields.title or fields.name, _probabilities(store, bundle, slides, array), threshold)
+        for array, words, threshold in kinds
+    ]
+
+
+def _held_out(model: HeldOut, slides: Sequence[StoredSlide], positive_from: float, *, alone: bool) -> list[Result]:
+    parts = [model.of_slide(slide.slide_id, slide.count, slide.idc >= positive_from) for slide in slides]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    kinds = [("probability", "threshold", "")]
+    if alone and (joined["alone"] != joined["probability"]).any():
+        kinds.append(("alone", "alone_threshold", ALONE))
+    title = f"Cross-validation {model.name}"
+    return [
+        (words, title, joined[name].astype(np.float32), np.nan_to_num(joined[at], nan=0.5)) for name, at, words in kinds
+    ]
 
 
 def _check_patients(bundle: LoadedBundle, slides: Sequence[StoredSlide], *, trained_on: bool) -> list[str]:

@@ -172,9 +172,9 @@ def evaluate_one(data: Predictions, *, resamples: int = RESAMPLES, seed: int = 0
         raise UsageError("--resamples", f"{resamples} is not a positive number", f"{RESAMPLES:,} is the usual")
     n_patients = data.n_patients
     samples = resampled_figures(data, patient_weights(n_patients, resamples, seed))
-    points = point_figures(data.truth, data.probability, data.threshold)
+    points = point_figures(data.truth, data.probability, data.called)
     figures = {name: _figure(points[name], samples[name], n_patients) for name in FIGURES}
-    confusion = confusion_at(data.truth, data.probability, data.threshold)
+    confusion = confusion_of(data.truth, data.called)
     notes = [*data.notes(), *_undefined(data, figures, samples)]
     return Evaluation(data, figures, confusion, samples, notes)
 
@@ -204,7 +204,9 @@ def compare(a: Evaluation, b: Evaluation) -> list[Difference]:
     return rows
 
 
-def point_figures(truth: NDArray[np.bool_], probability: NDArray[np.floating], threshold: float) -> dict[str, float]:
+def point_figures(
+    truth: NDArray[np.bool_], probability: NDArray[np.floating], called: NDArray[np.bool_]
+) -> dict[str, float]:
     """Every figure of one set of tiles; NaN where undefined.
 
     The expected calibration error (Naeini et al., AAAI 2015; Guo et al., ICML 2017, arXiv:1706.04599) is over 15
@@ -215,12 +217,12 @@ def point_figures(truth: NDArray[np.bool_], probability: NDArray[np.floating], t
     Args:
         truth: bool (n,), n > 0.
         probability: float (n,).
-        threshold: a tile is called IDC from this probability on.
+        called: bool (n,), called IDC.
     """
     from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
     score = probability.astype(np.float64)
-    cells = confusion_at(truth, probability, threshold)
+    cells = confusion_of(truth, called)
     counts = Counts(*(np.array(float(n)) for n in (cells.tp, cells.fp, cells.tn, cells.fn)))
     figures = {name: float(value) for name, value in from_counts(counts).items()}
     both = bool(truth.any()) and not bool(truth.all())
@@ -232,9 +234,9 @@ def point_figures(truth: NDArray[np.bool_], probability: NDArray[np.floating], t
     return {name: figures[name] for name in FIGURES}
 
 
-def confusion_at(truth: NDArray[np.bool_], probability: NDArray[np.floating], threshold: float) -> Confusion:
-    """Tiles by truth and by call, a tile being called IDC from the threshold on."""
-    tn, fp, fn, tp = np.bincount(2 * truth + (probability >= threshold), minlength=4).tolist()
+def confusion_of(truth: NDArray[np.bool_], called: NDArray[np.bool_]) -> Confusion:
+    """Tiles by truth and by call."""
+    tn, fp, fn, tp = np.bincount(2 * truth + called, minlength=4).tolist()
     return Confusion(tp=tp, fp=fp, tn=tn, fn=fn)
 
 
@@ -248,7 +250,7 @@ def group_rows(data: Predictions, by: Literal["slide", "patient"]) -> list[Group
 
 
 def _group_row(data: Predictions, by: str, name: str, tiles: NDArray[np.int64]) -> GroupRow:
-    truth, probability = data.truth[tiles], data.probability[tiles]
+    truth, probability, called = data.truth[tiles], data.probability[tiles], data.called[tiles]
     return GroupRow(
         slide=name if by == "slide" else "",
         patient=str(data.patient[tiles[0]]),
@@ -256,8 +258,8 @@ def _group_row(data: Predictions, by: str, name: str, tiles: NDArray[np.int64]) 
         tiles=len(tiles),
         positive=int(truth.sum()),
         mean_probability=float(probability.mean(dtype=np.float64)),
-        confusion=confusion_at(truth, probability, data.threshold),
-        figures=point_figures(truth, probability, data.threshold),
+        confusion=confusion_of(truth, called),
+        figures=point_figures(truth, probability, called),
     )
 
 

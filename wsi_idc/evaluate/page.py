@@ -55,7 +55,7 @@ def html_page(
         seed=results.seed,
         models=[
             {"model": e.predictions.model, "title": e.predictions.title}
-            | {"threshold": e.predictions.threshold, "cells": e.confusion}
+            | {"threshold": e.predictions.threshold_words, "cells": e.confusion}
             for e in results.evaluations
         ],
         figures=[

@@ -18,7 +18,8 @@ class Predictions:
         truth: bool (n,), True where the tile is IDC.
         slide: str (n,), slide ids.
         patient: str (n,), patient ids.
-        threshold: the bundle's operating point: a tile is called IDC from this probability on.
+        threshold: float (n,), the operating point of the model that scored the tile: it is called IDC from this
+            probability on.
         title: the model in words, for headings.
         tile: int64 (n,), each tile's place among all that were offered, so that two models can be paired.
         unknown: tiles left out because their truth is unknown.
@@ -31,7 +32,7 @@ class Predictions:
     truth: NDArray[np.bool_]
     slide: NDArray[np.str_]
     patient: NDArray[np.str_]
-    threshold: float
+    threshold: NDArray[np.floating]
     title: str
     tile: NDArray[np.int64]
     unknown: int = 0
@@ -40,6 +41,21 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.truth)
+
+    @property
+    def called(self) -> NDArray[np.bool_]:
+        """Bool (n,): called IDC."""
+        return self.probability >= self.threshold
+
+    @property
+    def thresholds(self) -> list[float]:
+        """Every operating point that occurs: one, but for the folds of a cross-validation."""
+        return [float(value) for value in np.unique(self.threshold)]
+
+    @property
+    def threshold_words(self) -> str:
+        """The operating points, for people."""
+        return " and ".join(f"{value:.4g}" for value in self.thresholds)
 
     @property
     def n_patients(self) -> int:
@@ -72,7 +88,7 @@ def predictions(
     slide: ArrayLike,
     patient: ArrayLike,
     *,
-    threshold: float,
+    threshold: float | ArrayLike,
     title: str = "",
     positive_from: float = 0.5,
 ) -> Predictions:
@@ -84,7 +100,7 @@ def predictions(
         truth: bool or int (n,), or float (n,) as the part of the tile that is IDC; NaN where unknown.
         slide: str (n,), slide ids.
         patient: str (n,), patient ids; an empty one makes its slide a patient of its own.
-        threshold: the operating point: a tile is called IDC from this probability on.
+        threshold: the operating point, of all tiles or of each: it is called IDC from this probability on.
         title: the model in words; the name where empty.
         positive_from: the part that is IDC from which a tile is true.
 
@@ -98,8 +114,9 @@ def predictions(
     slides, patients = np.asarray(slide, dtype=np.str_), np.asarray(patient, dtype=np.str_)
     if not scores.shape == part.shape == slides.shape == patients.shape or scores.ndim != 1:
         raise ValueError(f"shapes differ: {scores.shape}, {part.shape}, {slides.shape}, {patients.shape}")
-    if not 0.0 <= threshold <= 1.0:
-        raise UsageError(model, f"threshold {threshold!r} is not between 0 and 1", "mend the bundle's threshold")
+    at = np.broadcast_to(np.asarray(threshold, np.float64), scores.shape)
+    if (wrong := at[~((at >= 0.0) & (at <= 1.0))]).size:
+        raise UsageError(model, f"threshold {wrong[0]:g} is not between 0 and 1", "mend the bundle's threshold")
     if not len(scores):
         raise UsageError(model, "no tiles to evaluate", "choose another --split, or extract and infer first")
     known = ~np.isnan(part.astype(np.float64))
@@ -124,7 +141,7 @@ def predictions(
         truth=part[kept] >= positive_from,
         slide=slides[kept],
         patient=patients[kept],
-        threshold=float(threshold),
+        threshold=at[kept],
         title=title or model,
         tile=np.flatnonzero(kept),
         unknown=int((~known).sum()),

@@ -78,7 +78,7 @@ def summary_rows(results: Results) -> list[dict[str, str]]:
     counted = {
         e.predictions.model: f"{len(e.predictions):,} / {e.predictions.n_patients:,}" for e in results.evaluations
     }
-    calls = {e.predictions.model: f"{e.predictions.threshold:.4g}" for e in results.evaluations}
+    calls = {e.predictions.model: e.predictions.threshold_words for e in results.evaluations}
     return [*rows, {"Figure": "Threshold", **calls}, {"Figure": "Tiles / patients", **counted}]
 
 
@@ -128,7 +128,7 @@ def _model_json(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "model": data.model,
         "title": data.title,
-        "threshold": data.threshold,
+        "thresholds": data.thresholds,
         "tiles": len(data),
         "positive": int(data.truth.sum()),
         "slides": data.n_slides,
@@ -151,7 +151,7 @@ def _tables(results: Results, notes: Sequence[str]) -> dict[str, str]:
         for name, figure in evaluation.figures.items():
             tables["metrics"].append(model | {"figure": name} | asdict(figure) | sizes | {"note": own})
         tables["confusion"].append(
-            model | {"threshold": data.threshold} | asdict(evaluation.confusion) | sizes | {"note": said}
+            model | {"threshold": data.threshold_words} | asdict(evaluation.confusion) | sizes | {"note": said}
         )
         for row in evaluation.per_slide:
             tables["per_slide"].append(model | {"slide": row.slide, "patient": row.patient} | _group(row, said))

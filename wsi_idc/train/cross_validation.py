@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc.errors import UsageError
+from wsi_idc.evaluate.held_out import write_held_out
 from wsi_idc.evaluate.metrics import FIGURES, evaluate_one
 from wsi_idc.evaluate.predictions import Predictions, predictions
 from wsi_idc.model.bundle import read_bundle
@@ -33,8 +34,7 @@ def cross_validate(
 ) -> "TrainResult":
     """Train each fold that has no bundle yet, and predict the patients that it never saw.
 
-    Probabilities of all folds are put together; a tile is called by its own fold's threshold, so they are shifted in
-    logits until every fold's threshold lies at one half.
+    Probabilities of all folds are put together as they are; a tile is called by its own fold's threshold.
 
     Args:
         tiles: the store's labelled tiles.
@@ -47,7 +47,7 @@ def cross_validate(
     from wsi_idc.train.loop import TrainResult
 
     out.mkdir(parents=True, exist_ok=True)
-    folds: list[Predictions] = []
+    folds: list[dict[str, NDArray[Any]]] = []
     epochs = 0
     for number, split in enumerate(splits, start=1):
         folder = out / f"fold-{number}"
@@ -58,11 +58,15 @@ def cross_validate(
             say(f"fold {number} of {settings.folds}")
             epochs += train(folder, split).epochs
         folds.append(_predict(folder, tiles, split, settings, number))
-    rows = [{"fold": data.model, **_figures(data, settings.seed)} for data in folds]
-    pooled = _pool(folds)
+    rows = [
+        {"fold": number, **_figures(_judged(str(number), columns), settings.seed)}
+        for number, columns in enumerate(folds, start=1)
+    ]
+    together = {key: np.concatenate([columns[key] for columns in folds]) for key in folds[0]}
+    pooled = _judged("cross-validation", together)
     whole = evaluate_one(pooled, seed=settings.seed)
     _write_csv(out / "folds.csv", [_flat(row) for row in rows])
-    _write_csv(out / "held-out.csv", list(_tile_rows(folds)))
+    write_held_out(out, _tile_rows(together))
     figures = {key: (figure.value, figure.low, figure.high) for key, figure in whole.figures.items()}
     summary = {"settings": settings.recorded(), "patients": pooled.n_patients, "folds": rows, "pooled": figures}
     (out / "cross-validation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -80,64 +84,49 @@ def _check_fold(folder: Path, tiles: LabelledTiles, split: Split, settings: Trai
         raise UsageError(folder, "was trained with other settings, or on another store", "choose another --out")
 
 
-def _predict(folder: Path, tiles: LabelledTiles, split: Split, settings: TrainSettings, number: int) -> Predictions:
-    bundle = read_bundle(folder)
+def _predict(
+    folder: Path, tiles: LabelledTiles, split: Split, settings: TrainSettings, number: int
+) -> dict[str, NDArray[Any]]:
+    """The held-out tiles by one fold: the columns of `HeldOut`, and `fold`."""
+    fields, places = read_bundle(folder).fields, split.held_out
     cache = folder.with_name(folder.name + ".training") / "held-out.npy"
-    pixels = read_pixels(tiles, split.held_out, cache, settings.memory_gb * 2**30)
-    probability: NDArray[np.floating] = predict_all(load_runtime(bundle, "float32", settings.threads), pixels)
+    pixels = read_pixels(tiles, places, cache, settings.memory_gb * 2**30)
+    alone = predict_all(load_runtime(read_bundle(folder), "float32", settings.threads), pixels)
     cache.unlink(missing_ok=True)
-    if context := bundle.fields.context:
-        alone, cell, spec = probability, tiles.cell[split.held_out], tiles.spec
-        slide = tiles.slide[split.held_out]
-        probability = by_slide(slide, lambda own: in_context(alone[own], cell[own], spec, context))
-    return predictions(
-        str(number),
-        probability,
-        tiles.part[split.held_out],
-        tiles.slide[split.held_out],
-        tiles.patient[split.held_out],
-        threshold=bundle.fields.operating_point,
-        positive_from=settings.positive_from,
-    )
+    together: NDArray[np.floating] = alone
+    if context := fields.context:
+        cell, spec = tiles.cell[places], tiles.spec
+        together = by_slide(tiles.slide[places], lambda own: in_context(alone[own], cell[own], spec, context))
+    count = len(places)
+    return {
+        "fold": np.full(count, str(number)),
+        "slide": tiles.slide[places],
+        "row": tiles.row[places],
+        "patient": tiles.patient[places],
+        "truth": tiles.positive(settings.positive_from)[places].astype(np.int8),
+        "probability": together.astype(np.float32),
+        "threshold": np.full(count, fields.operating_point),
+        "alone": alone,
+        "alone_threshold": np.full(count, fields.threshold),
+    }
+
+
+def _judged(name: str, columns: dict[str, NDArray[Any]]) -> Predictions:
+    slide, patient, threshold = (columns[key] for key in ("slide", "patient", "threshold"))
+    return predictions(name, columns["probability"], columns["truth"], slide, patient, threshold=threshold)
 
 
 def _figures(data: Predictions, seed: int) -> dict[str, Any]:
     evaluation = evaluate_one(data, seed=seed)
     figures = {key: (figure.value, figure.low, figure.high) for key, figure in evaluation.figures.items()}
-    return {"patients": data.n_patients, "tiles": len(data), "threshold": data.threshold, **figures}
+    return {"patients": data.n_patients, "tiles": len(data), "threshold": data.thresholds[0], **figures}
 
 
-def _pool(folds: list[Predictions]) -> Predictions:
-    return predictions(
-        "cross-validation",
-        np.concatenate([centred(data.probability, data.threshold) for data in folds]),
-        np.concatenate([data.truth for data in folds]),
-        np.concatenate([data.slide for data in folds]),
-        np.concatenate([data.patient for data in folds]),
-        threshold=0.5,
-    )
-
-
-def centred(probability: NDArray[np.floating], threshold: float) -> NDArray[np.float64]:
-    """Probabilities shifted in logits until the threshold lies at one half: float64 (n,)."""
-    from scipy.special import expit, logit
-
-    certain = np.clip(probability.astype(np.float64), 1e-7, 1 - 1e-7)
-    return np.asarray(expit(logit(certain) - logit(threshold)))
-
-
-def _tile_rows(folds: list[Predictions]) -> "Iterable[dict[str, Any]]":
-    for data in folds:
-        for slide, patient, truth, probability in zip(
-            data.slide, data.patient, data.truth, data.probability, strict=True
-        ):
-            yield {
-                "fold": data.model,
-                "slide": slide,
-                "patient": patient,
-                "truth": int(truth),
-                "probability": f"{probability:.6f}",
-            }
+def _tile_rows(columns: dict[str, NDArray[Any]]) -> list[dict[str, Any]]:
+    # A float32 is told exactly by nine digits, so that ties stay ties and no others come up.
+    exact = {key: [f"{value:.9g}" for value in columns[key]] for key in ("probability", "alone")}
+    whole = {key: values.tolist() for key, values in columns.items()} | exact
+    return [dict(zip(whole, row, strict=True)) for row in zip(*whole.values(), strict=True)]
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
