@@ -44,6 +44,13 @@ def test_a_tile_without_neighbours_keeps_its_logit_drawn_to_the_mean():
     assert lone == pytest.approx([-1.0 + share * 3.0], abs=0.1)
 
 
+def test_the_result_is_scaled_and_shifted():
+    cell, probability = full(6, 6), np.random.default_rng(0).random(36)
+    plain = in_context(probability, cell, SPEC, CONTEXT)
+    bent = in_context(probability, cell, SPEC, CONTEXT.model_copy(update={"temperature": 0.5, "shift": 1.5}))
+    assert logit(bent) == pytest.approx(2.0 * logit(plain) + 1.5, abs=1e-4)
+
+
 def test_noise_on_a_region_goes_and_the_region_stays():
     generator = np.random.default_rng(1)
     cell = full(30, 30)

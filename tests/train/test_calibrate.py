@@ -6,7 +6,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from wsi_idc.model.context import by_slide, in_context
 from wsi_idc.settings import TileSpec
-from wsi_idc.train.calibrate import fit_context, fit_temperature, fit_threshold, sigmoid
+from wsi_idc.train.calibrate import fit_context, fit_scale, fit_temperature, fit_threshold, sigmoid
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -32,6 +32,20 @@ def test_no_threshold_does_better():
 
     chosen = fit_threshold(probability, truth)
     assert worth(chosen) == pytest.approx(max(worth(value) for value in np.arange(0.005, 1, 0.01)))
+
+
+def test_scale_and_shift_that_logits_were_bent_by_are_found():
+    generator = np.random.default_rng(2)
+    true_logits = generator.normal(-1.0, 2.0, 20_000)
+    truth = generator.random(20_000) < sigmoid(true_logits)
+    temperature, shift = fit_scale((true_logits + 0.7) * 0.4, truth)
+    assert temperature == pytest.approx(0.4, abs=0.02)
+    assert shift == pytest.approx(-0.7, abs=0.06)
+
+
+def test_tiles_told_apart_without_error_keep_a_finite_scale():
+    temperature, shift = fit_scale(np.array([-5.0, -1.0]), np.array([False, True]))
+    assert 0.04 < temperature < 20 and abs(shift) <= 20
 
 
 def regions(generator, slides=4, side=16):

@@ -42,7 +42,7 @@ def in_context(
 
     alone = logit(np.clip(probability.astype(np.float64), _CERTAIN, 1.0 - _CERTAIN))
     surface = smooth_logits(alone, cell, spec, context.reach_um, context.spread, context.mean)
-    return np.asarray(expit(surface / context.temperature), np.float32)
+    return np.asarray(expit(surface / context.temperature + context.shift), np.float32)
 
 
 def by_slide(

@@ -2,16 +2,16 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 
 from wsi_idc.model.config import Context
 from wsi_idc.model.context import by_slide, smooth_logits
 from wsi_idc.settings import TileSpec
 
 Logits = NDArray[np.floating]
-REACHES = (6.0, 9.0, 13.5, 20.0, 30.0)
+REACHES = (4.5, 6.0, 9.0, 13.5, 20.0)
 """In tiles."""
-SPREADS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+SPREADS = (0.35, 0.5, 0.7, 1.0, 1.4)
 
 
 def sigmoid(logits: Logits) -> NDArray[np.float64]:
@@ -32,6 +32,24 @@ def fit_temperature(logits: Logits, truth: NDArray[np.bool_]) -> float:
 
     bounds = (-np.log(20.0), np.log(20.0))
     return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
+
+
+def fit_scale(logits: Logits, truth: NDArray[np.bool_]) -> tuple[float, float]:
+    """(temperature, shift) for the least log loss of `logits / temperature + shift` (Platt, 1999).
+
+    The temperature is between 1/20 and 20, the shift between -20 and 20: see `fit_temperature`.
+    """
+    values = logits.astype(np.float64)
+
+    def loss(parameters: NDArray[np.float64]) -> tuple[float, list[float]]:
+        slope, shift = np.exp(parameters[0]), parameters[1]
+        scaled = slope * values + shift
+        error = sigmoid(scaled) - truth
+        return _log_loss(scaled, truth), [float((error * values).mean() * slope), float(error.mean())]
+
+    limit = float(np.log(20.0))
+    found = minimize(loss, (0.0, 0.0), jac=True, bounds=((-limit, limit), (-20.0, 20.0)), method="L-BFGS-B").x
+    return float(np.exp(-found[0])), float(found[1])
 
 
 def fit_threshold(probability: NDArray[np.floating], truth: NDArray[np.bool_]) -> float:
@@ -59,7 +77,7 @@ def fit_context(
     *,
     mean: float,
 ) -> Context | None:
-    """The context with the least log loss, of a few reaches and spreads; None where a tile alone has the least.
+    """The context with the least log loss, of a few reaches and spreads; None where tiles alone, so scaled, have less.
 
     Args:
         logits: float (n,), calibrated, of each tile alone.
@@ -69,7 +87,8 @@ def fit_context(
         spec: the grid.
         mean: the logit that is expected where no tile is near.
     """
-    best, least = None, _log_loss(logits, truth)
+    temperature, shift = fit_scale(logits, truth)
+    best, least = None, _log_loss(logits / temperature + shift, truth)
     for reach_um in [reach * spec.stride_px * spec.mpp for reach in REACHES]:
         for spread in SPREADS:
 
@@ -79,13 +98,17 @@ def fit_context(
                 return smooth_logits(logits[own], cell[own], spec, reach_um, spread, mean)
 
             surface = by_slide(slide, smooth)
-            temperature = fit_temperature(surface, truth)
-            loss = _log_loss(surface / temperature, truth)
-            if loss < least:
-                threshold = fit_threshold(sigmoid(surface / temperature), truth)
+            temperature, shift = fit_scale(surface, truth)
+            scaled = surface / temperature + shift
+            if (loss := _log_loss(scaled, truth)) < least:
                 least = loss
                 best = Context(
-                    reach_um=reach_um, spread=spread, mean=mean, temperature=temperature, threshold=threshold
+                    reach_um=reach_um,
+                    spread=spread,
+                    mean=mean,
+                    temperature=temperature,
+                    shift=shift,
+                    threshold=fit_threshold(sigmoid(scaled), truth),
                 )
     return best
 

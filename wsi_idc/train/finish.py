@@ -298,8 +298,8 @@ def _card_text(card: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"Neighbours count in these: reach {context['reach_um']:g} um, spread {context['spread']:g}, mean logit "
-            f"{context['mean']:.3f}, temperature {context['temperature']:.3f}, threshold {context['threshold']:.3f}. "
-            "Each tile alone, as the graph gives it:",
+            f"{context['mean']:.3f}, temperature {context['temperature']:.3f}, shift {context['shift']:.3f}, threshold "
+            f"{context['threshold']:.3f}. Each tile alone, as the graph gives it:",
             "",
             f"| {training['figures_on']} | value | {training['interval']} |",
             "|---|---|---|",
