@@ -265,6 +265,13 @@ def test_cross_validation_predicts_every_patient_once_and_goes_on_where_it_was(m
     assert {name: figure.value for name, figure in judged.figures.items()} == pytest.approx(
         {name: value for name, (value, _, _) in result.figures.items()}
     )
+    after = TrainSettings(folds=2, init=tmp_path / "cv", **QUICK | {"epochs": 1, "lr": 1e-9})
+    run(store.path, tmp_path / "cv2", after, say=quiet)
+    for number in (1, 2):
+        first, second = (load_file(tmp_path / name / f"fold-{number}" / "model.safetensors") for name in ("cv", "cv2"))
+        assert all(torch.allclose(first[key], second[key], atol=1e-3) for key in first if "weight" in key)
+    with pytest.raises(UsageError, match="without a fold that holds out the same patients"):
+        run(store.path, tmp_path / "cv3", TrainSettings(init=tmp_path / "cv", **QUICK), say=quiet)
     with pytest.raises(UsageError, match="fold-1: was trained with other settings"):
         run(store.path, tmp_path / "cv", settings.model_copy(update={"seed": 4}), say=quiet)
 

@@ -1,4 +1,4 @@
-"""What validation tiles decide after training: the temperature, the threshold, and how far neighbours count."""
+"""What validation tiles decide after training: temperatures, thresholds, and whether neighbours count."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,9 +9,11 @@ from wsi_idc.model.context import by_slide, smooth_logits
 from wsi_idc.settings import TileSpec
 
 Logits = NDArray[np.floating]
-REACHES = (4.5, 6.0, 9.0, 13.5, 20.0)
-"""In tiles."""
-SPREADS = (0.35, 0.5, 0.7, 1.0, 1.4)
+REACH = 20.0
+"""Of a context, in tiles."""
+SPREAD = 2.0
+"""Of a context. Both are set here and not fitted to a training's few validation patients, one of whom may be a complete
+slide that outweighs the others: fitted so, they smoothed new patients too much (docs/model.md)."""
 
 
 def sigmoid(logits: Logits) -> NDArray[np.float64]:
@@ -77,7 +79,7 @@ def fit_context(
     *,
     mean: float,
 ) -> Context | None:
-    """The context with the least log loss, of a few reaches and spreads; None where tiles alone, so scaled, have less.
+    """The context's scale, shift and threshold; None where tiles alone, so scaled, have less log loss.
 
     Args:
         logits: float (n,), calibrated, of each tile alone.
@@ -87,30 +89,21 @@ def fit_context(
         spec: the grid.
         mean: the logit that is expected where no tile is near.
     """
-    temperature, shift = fit_scale(logits, truth)
-    best, least = None, _log_loss(logits / temperature + shift, truth)
-    for reach_um in [reach * spec.stride_px * spec.mpp for reach in REACHES]:
-        for spread in SPREADS:
-
-            def smooth(
-                own: NDArray[np.int64], reach_um: float = reach_um, spread: float = spread
-            ) -> NDArray[np.float64]:
-                return smooth_logits(logits[own], cell[own], spec, reach_um, spread, mean)
-
-            surface = by_slide(slide, smooth)
-            temperature, shift = fit_scale(surface, truth)
-            scaled = surface / temperature + shift
-            if (loss := _log_loss(scaled, truth)) < least:
-                least = loss
-                best = Context(
-                    reach_um=reach_um,
-                    spread=spread,
-                    mean=mean,
-                    temperature=temperature,
-                    shift=shift,
-                    threshold=fit_threshold(sigmoid(scaled), truth),
-                )
-    return best
+    reach_um = REACH * spec.size_px * spec.mpp
+    surface = by_slide(slide, lambda own: smooth_logits(logits[own], cell[own], spec, reach_um, SPREAD, mean))
+    temperature, shift = fit_scale(surface, truth)
+    scaled = surface / temperature + shift
+    alone_temperature, alone_shift = fit_scale(logits, truth)
+    if _log_loss(scaled, truth) >= _log_loss(logits / alone_temperature + alone_shift, truth):
+        return None
+    return Context(
+        reach_um=reach_um,
+        spread=SPREAD,
+        mean=mean,
+        temperature=temperature,
+        shift=shift,
+        threshold=fit_threshold(sigmoid(scaled), truth),
+    )
 
 
 def _log_loss(logits: Logits, truth: NDArray[np.bool_]) -> float:

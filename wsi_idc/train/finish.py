@@ -35,8 +35,8 @@ CALIBRATION_TILES = 512
 LIMITS = (
     "Research use only; not for diagnosis.",
     "Trained on tiles of the size and um/px stated; slides must be tiled the same way.",
-    "The figures here are those of the validation patients, who chose the epoch, the temperatures, the thresholds and "
-    "how far neighbours count: they flatter. Judge the model on patients that are in neither list.",
+    "The figures here are those of the validation patients, who chose the epoch, the temperatures and the "
+    "thresholds: they flatter. Judge the model on patients that are in neither list.",
 )
 TITLES = {"resnet50": "ResNet-50", "idc-2016": "IDC network of 2016, three convolutions"}
 

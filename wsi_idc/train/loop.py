@@ -90,7 +90,8 @@ def run(
 
         seen: set[str] = set()
         for folder in filter(None, (settings.init, settings.teacher)):
-            seen.update(read_bundle(folder).fields.training.get("train_patients", []))
+            trained = [bundle.fields.training.get("train_patients", []) for bundle in _bundles(folder)]
+            seen.update(set(trained[0]).intersection(*trained[1:]))
         return cross_validate(tiles, make_folds(tiles, settings, seen), out, settings, train, say)
     return run_split(tiles, make_split(tiles, settings, say), out, settings, say, resume=resume, progress=progress)
 
@@ -178,9 +179,25 @@ def _network(settings: TrainSettings, tiles: LabelledTiles, split: Split) -> Til
     return network
 
 
+def _bundles(folder: Path) -> list[LoadedBundle]:
+    """The bundle of a folder; of a cross-validation, those of its folds."""
+    folds = sorted(path.parent for path in folder.glob("fold-*/bundle.json"))
+    return [read_bundle(path) for path in folds or [folder]]
+
+
 def _other_bundle(folder: Path, tiles: LabelledTiles, split: Split, option: str) -> LoadedBundle:
-    """A bundle to start or learn from: of the same tiles, and trained on none who validate or are held out."""
-    bundle = read_bundle(folder)
+    """A bundle to start or learn from: of the same tiles, and trained on none who validate or are held out.
+
+    Of a cross-validation it is the fold that held out the same patients.
+    """
+    bundles = _bundles(folder)
+    held_out = set(tiles.patient[split.held_out].tolist())
+    if len(bundles) > 1:
+        bundles = [one for one in bundles if set(one.fields.training.get("held_out_patients", [])) == held_out]
+        if not bundles:
+            problem = "is a cross-validation without a fold that holds out the same patients"
+            raise UsageError(f"{option} {folder}", problem, "give the same --folds and --seed, or one of its folds")
+    bundle = bundles[0]
     bundle.check_fits(TileSpec(size_px=tiles.spec.size_px, mpp=tiles.spec.mpp))
     seen = set(bundle.fields.training.get("train_patients", []))
     judges = set(tiles.patient[np.concatenate([split.val, split.held_out])].tolist())
