@@ -19,8 +19,9 @@ def full(rows, columns):
     return np.stack(np.unravel_index(np.arange(rows * columns), (rows, columns)), 1).astype(np.int32)
 
 
-def smooth(logits, cell, spec=SPEC, reach=2400.0, spread=1.5, mean=0.0):
-    return smooth_logits(np.asarray(logits, float), np.asarray(cell), spec, reach, spread, mean)
+def smooth(logits, cell, spec=SPEC, reach=2400.0, spread=1.5, mean=0.0, limit=20.0):
+    context = Context(reach_um=reach, spread=spread, mean=mean, limit=limit)
+    return smooth_logits(np.asarray(logits, float), np.asarray(cell), spec, context)
 
 
 def test_it_is_the_mean_of_the_field_that_the_paper_gives():
@@ -42,6 +43,16 @@ def test_a_tile_without_neighbours_keeps_its_logit_drawn_to_the_mean():
     lone = smooth([2.0], [[5, 5]], mean=-1.0, spread=1.5)
     share = 1.5**2 / (1.5**2 + 1.0)
     assert lone == pytest.approx([-1.0 + share * 3.0], abs=0.1)
+
+
+def test_a_tile_that_is_too_sure_counts_like_one_at_the_limit():
+    cell, logits = full(5, 5), np.random.default_rng(3).normal(size=25)
+    logits[12] = 4.0
+    expected = smooth(logits, cell, limit=4.0)
+    assert expected == pytest.approx(smooth(logits, cell))
+    for sure in (9.0, np.inf):
+        logits[12] = sure
+        assert smooth(logits, cell, limit=4.0) == pytest.approx(expected)
 
 
 def test_the_result_is_scaled_and_shifted():

@@ -53,6 +53,22 @@ def test_patients_whom_the_first_weights_have_seen_train_in_every_fold(make_stor
         assert (np.diff(fold.train) > 0).all()
 
 
+def test_folds_of_an_earlier_cross_validation_are_parted_further(make_store):
+    tiles = labelled_tiles(make_store(dict.fromkeys("abcdefgh", "") | {"v": "val", "w": "val"}))
+    within = [["a", "c", "e", "g"], ["b", "d", "f"]]
+    folds = [sides(tiles, split) for split in make_folds(tiles, TrainSettings(folds=4), ["h"], within)]
+    assert sorted(folds[0][2] + folds[1][2]) == within[0]
+    assert sorted(folds[2][2] + folds[3][2]) == within[1]
+    for train, _, out in folds:
+        assert sorted(train + out) == list("abcdefgh")
+    whole = [sides(tiles, split)[2] for split in make_folds(tiles, TrainSettings(folds=2), ["h"], within)]
+    assert whole == within
+    with pytest.raises(UsageError, match="--folds 3: is no multiple of the 2 folds"):
+        next(make_folds(tiles, TrainSettings(folds=3), ["h"], within))
+    with pytest.raises(UsageError, match="1 patients were neither trained on nor held out"):
+        next(make_folds(tiles, TrainSettings(folds=2), [], within))
+
+
 def test_folds_without_val_patients_make_their_own_from_the_training_part(make_store):
     tiles = labelled_tiles(make_store({f"p{number}": "" for number in range(9)}))
     for split in make_folds(tiles, TrainSettings(folds=3)):

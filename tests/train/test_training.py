@@ -270,7 +270,12 @@ def test_cross_validation_predicts_every_patient_once_and_goes_on_where_it_was(m
     for number in (1, 2):
         first, second = (load_file(tmp_path / name / f"fold-{number}" / "model.safetensors") for name in ("cv", "cv2"))
         assert all(torch.allclose(first[key], second[key], atol=1e-3) for key in first if "weight" in key)
-    with pytest.raises(UsageError, match="without a fold that holds out the same patients"):
+    parted = TrainSettings(folds=4, init=tmp_path / "cv", **QUICK | {"epochs": 1})
+    run(store.path, tmp_path / "cv4", parted, say=quiet)
+    held_out = [read_bundle(tmp_path / "cv4" / f"fold-{n}").fields.training["held_out_patients"] for n in range(1, 5)]
+    first = read_bundle(tmp_path / "cv" / "fold-1").fields.training["held_out_patients"]
+    assert sorted(held_out[0] + held_out[1]) == first
+    with pytest.raises(UsageError, match="without a fold that held out the patients who are held out now"):
         run(store.path, tmp_path / "cv3", TrainSettings(init=tmp_path / "cv", **QUICK), say=quiet)
     with pytest.raises(UsageError, match="fold-1: was trained with other settings"):
         run(store.path, tmp_path / "cv", settings.model_copy(update={"seed": 4}), say=quiet)

@@ -18,6 +18,7 @@ class Context(BaseModel):
         reach_um: distance in um at which two places' logits are hardly correlated any more (about 0.14).
         spread: standard deviation of the true logits over a slide, in units of a single tile's error.
         mean: the logit that is expected where no tile is near.
+        limit: a tile's own logit beyond this, either way, is taken as this, so that no tile outweighs all around it.
         temperature: logits are divided by it at the end,
         shift: and this is added to them.
         threshold: the operating point of the result; the graph alone has the bundle's.
@@ -28,6 +29,7 @@ class Context(BaseModel):
     reach_um: Annotated[float, Field(gt=0.0, le=1e5)]
     spread: Annotated[float, Field(gt=0.0, le=100.0)]
     mean: Annotated[float, Field(ge=-20.0, le=20.0)] = 0.0
+    limit: Annotated[float, Field(gt=0.0, le=20.0)] = 20.0
     temperature: Annotated[float, Field(ge=0.01, le=100.0)] = 1.0
     shift: Annotated[float, Field(ge=-20.0, le=20.0)] = 0.0
     threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5

@@ -18,8 +18,6 @@ from wsi_idc.errors import ModelError
 from wsi_idc.model.config import Context
 from wsi_idc.settings import TileSpec
 
-_CERTAIN = 1e-6
-"""Probabilities nearer to 0 or 1 than this are taken as this near, so that no tile outweighs all others."""
 MOST_TILES = 60
 """The longest reach in tiles; the time to find the surface grows with it."""
 
@@ -40,8 +38,7 @@ def in_context(
     """
     from scipy.special import expit, logit
 
-    alone = logit(np.clip(probability.astype(np.float64), _CERTAIN, 1.0 - _CERTAIN))
-    surface = smooth_logits(alone, cell, spec, context.reach_um, context.spread, context.mean)
+    surface = smooth_logits(logit(probability.astype(np.float64)), cell, spec, context)
     return np.asarray(expit(surface / context.temperature + context.shift), np.float32)
 
 
@@ -62,39 +59,33 @@ def by_slide(
 
 
 def smooth_logits(
-    logits: NDArray[np.floating],
-    cell: NDArray[np.integer],
-    spec: TileSpec,
-    reach_um: float,
-    spread: float,
-    mean: float,
+    logits: NDArray[np.floating], cell: NDArray[np.integer], spec: TileSpec, context: Context
 ) -> NDArray[np.float64]:
-    """The surface's mean at the tiles: float64 (n,).
+    """The surface's mean at the tiles, before temperature and shift: float64 (n,).
 
     Where tiles overlap, they are taken as several grids of tiles that do not, each by itself: the reach and the spread
     were learnt on such.
 
     Args:
-        logits: float (n,), of each tile alone.
+        logits: float (n,), of each tile alone; may be infinite.
         cell: int (n, 2), row and column in the grid, each once.
         spec: the grid.
-        reach_um: see `Context`.
-        spread: see `Context`.
-        mean: see `Context`.
+        context: reach, spread, mean and limit.
 
     Raises:
         ModelError: the reach is too long for tiles of this size.
     """
     step = max(1, round(spec.size_px / spec.stride_px))
-    reach = reach_um / (step * spec.stride_px * spec.mpp)
+    reach = context.reach_um / (step * spec.stride_px * spec.mpp)
     if reach > MOST_TILES:
-        problem = f"{reach_um:g} um are {reach:.0f} tiles, more than {MOST_TILES}"
+        problem = f"{context.reach_um:g} um are {reach:.0f} tiles, more than {MOST_TILES}"
         raise ModelError("context.reach_um", problem, "the bundle was made for larger tiles")
+    readings = np.clip(logits, -context.limit, context.limit) - context.mean
     surface = np.empty(len(logits))
     phase = cell % step
     for part in np.unique(phase, axis=0):
         own = np.flatnonzero((phase == part).all(axis=1))
-        surface[own] = _surface(logits[own] - mean, cell[own] // step, reach, spread) + mean
+        surface[own] = _surface(readings[own], cell[own] // step, reach, context.spread) + context.mean
     return surface
 
 

@@ -12,8 +12,10 @@ Logits = NDArray[np.floating]
 REACH = 20.0
 """Of a context, in tiles."""
 SPREAD = 2.0
-"""Of a context. Both are set here and not fitted to a training's few validation patients, one of whom may be a complete
-slide that outweighs the others: fitted so, they smoothed new patients too much (docs/model.md)."""
+"""Of a context."""
+LIMIT = 4.0
+"""Of a context. All three are set here and not fitted to a training's few validation patients, one of whom may be a
+complete slide that outweighs the others: fitted so, they smoothed new patients too much (docs/model.md)."""
 
 
 def sigmoid(logits: Logits) -> NDArray[np.float64]:
@@ -89,21 +91,15 @@ def fit_context(
         spec: the grid.
         mean: the logit that is expected where no tile is near.
     """
-    reach_um = REACH * spec.size_px * spec.mpp
-    surface = by_slide(slide, lambda own: smooth_logits(logits[own], cell[own], spec, reach_um, SPREAD, mean))
+    context = Context(reach_um=REACH * spec.size_px * spec.mpp, spread=SPREAD, mean=mean, limit=LIMIT)
+    surface = by_slide(slide, lambda own: smooth_logits(logits[own], cell[own], spec, context))
     temperature, shift = fit_scale(surface, truth)
     scaled = surface / temperature + shift
     alone_temperature, alone_shift = fit_scale(logits, truth)
     if _log_loss(scaled, truth) >= _log_loss(logits / alone_temperature + alone_shift, truth):
         return None
-    return Context(
-        reach_um=reach_um,
-        spread=SPREAD,
-        mean=mean,
-        temperature=temperature,
-        shift=shift,
-        threshold=fit_threshold(sigmoid(scaled), truth),
-    )
+    threshold = fit_threshold(sigmoid(scaled), truth)
+    return context.model_copy(update={"temperature": temperature, "shift": shift, "threshold": threshold})
 
 
 def _log_loss(logits: Logits, truth: NDArray[np.bool_]) -> float:

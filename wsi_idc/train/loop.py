@@ -89,10 +89,13 @@ def run(
             return run_split(tiles, fold, folder, settings, say, resume=resume, progress=progress)
 
         seen: set[str] = set()
+        within: list[list[str]] = []
         for folder in filter(None, (settings.init, settings.teacher)):
-            trained = [bundle.fields.training.get("train_patients", []) for bundle in _bundles(folder)]
-            seen.update(set(trained[0]).intersection(*trained[1:]))
-        return cross_validate(tiles, make_folds(tiles, settings, seen), out, settings, train, say)
+            others = [bundle.fields.training for bundle in _bundles(folder)]
+            seen.update(set.intersection(*(set(other.get("train_patients", [])) for other in others)))
+            if len(others) > 1:
+                within = [other.get("held_out_patients", []) for other in others]
+        return cross_validate(tiles, make_folds(tiles, settings, seen, within), out, settings, train, say)
     return run_split(tiles, make_split(tiles, settings, say), out, settings, say, resume=resume, progress=progress)
 
 
@@ -188,15 +191,15 @@ def _bundles(folder: Path) -> list[LoadedBundle]:
 def _other_bundle(folder: Path, tiles: LabelledTiles, split: Split, option: str) -> LoadedBundle:
     """A bundle to start or learn from: of the same tiles, and trained on none who validate or are held out.
 
-    Of a cross-validation it is the fold that held out the same patients.
+    Of a cross-validation it is the fold that held out the patients who are held out now.
     """
     bundles = _bundles(folder)
     held_out = set(tiles.patient[split.held_out].tolist())
     if len(bundles) > 1:
-        bundles = [one for one in bundles if set(one.fields.training.get("held_out_patients", [])) == held_out]
+        bundles = [one for one in bundles if held_out and held_out <= _held_out(one)]
         if not bundles:
-            problem = "is a cross-validation without a fold that holds out the same patients"
-            raise UsageError(f"{option} {folder}", problem, "give the same --folds and --seed, or one of its folds")
+            problem = "is a cross-validation without a fold that held out the patients who are held out now"
+            raise UsageError(f"{option} {folder}", problem, "give the same store, or one of its folds")
     bundle = bundles[0]
     bundle.check_fits(TileSpec(size_px=tiles.spec.size_px, mpp=tiles.spec.mpp))
     seen = set(bundle.fields.training.get("train_patients", []))
@@ -205,6 +208,10 @@ def _other_bundle(folder: Path, tiles: LabelledTiles, split: Split, option: str)
         problem = f"was trained on {len(shared)} of the patients that validate ({', '.join(shared[:3])}...)"
         raise UsageError(f"{option} {folder}", problem, "its knowledge of them would flatter every figure")
     return bundle
+
+
+def _held_out(bundle: LoadedBundle) -> set[str]:
+    return set(bundle.fields.training.get("held_out_patients", []))
 
 
 def _taught(

@@ -1,6 +1,6 @@
 """Who trains, who validates: split by patient, from the manifest or by stratified group folds."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +59,9 @@ def make_split(tiles: LabelledTiles, settings: TrainSettings, say: Say) -> Split
     return split
 
 
-def make_folds(tiles: LabelledTiles, settings: TrainSettings, seen: Collection[str] = ()) -> Iterator[Split]:
+def make_folds(
+    tiles: LabelledTiles, settings: TrainSettings, seen: Collection[str] = (), within: Sequence[Collection[str]] = ()
+) -> Iterator[Split]:
     """Cross-validation: each patient who is not of split val or test is held out once.
 
     The manifest's val patients validate in every fold; without any, a part of each fold's training patients does.
@@ -68,25 +70,47 @@ def make_folds(tiles: LabelledTiles, settings: TrainSettings, seen: Collection[s
         tiles: the store's labelled tiles.
         settings: the number of folds, the seed and the size of a validation part.
         seen: patients that another bundle, from which these start or learn, was trained on: they train in every fold.
+        within: the held-out patients of each fold of an earlier cross-validation, whose folds are parted further.
 
     Raises:
-        UsageError: fewer patients than folds, a patient on two sides, or one class only.
+        UsageError: fewer patients than folds, a number of folds that is no multiple of the earlier one, patients whom
+            the earlier one did not know, a patient on two sides, or one class only.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
+    if settings.folds % max(1, len(within)):
+        problem = f"is no multiple of the {len(within)} folds to go on from"
+        raise UsageError(f"--folds {settings.folds}", problem, "give a multiple, so that each is parted further")
 
     positive = tiles.positive(settings.positive_from)
     usable = (tiles.split != "test") & (tiles.split != "val")
     known = np.isin(tiles.patient, list(seen))
     pool, always = np.flatnonzero(usable & ~known), np.flatnonzero(usable & known)
     val = np.flatnonzero(tiles.split == "val")
-    _check_count(tiles.patient[pool], settings.folds, f"--folds {settings.folds}")
-    folds = StratifiedGroupKFold(settings.folds, shuffle=True, random_state=settings.seed)
-    for number, (rest, out) in enumerate(folds.split(pool, positive[pool], tiles.patient[pool]), start=1):
-        own = np.union1d(pool[rest], always)
+    if within and (
+        strange := np.setdiff1d(tiles.patient[pool], np.concatenate([list(names) for names in within])).size
+    ):
+        problem = f"{strange} patients were neither trained on nor held out by the folds to go on from"
+        raise UsageError("--store", problem, "give the store that those were trained on")
+    parts = [pool[np.isin(tiles.patient[pool], list(patients))] for patients in within] or [pool]
+    outs = [out for part in parts for out in _parted(tiles, part, positive, settings, settings.folds // len(parts))]
+    for number, out in enumerate(outs, start=1):
+        own = np.union1d(np.setdiff1d(pool, out), always)
         train, chosen = (own, val) if len(val) else _by_patient(tiles, own, positive, settings)
-        split = Split(train, chosen, pool[out], f"by patient, fold {number} of {settings.folds}, seed {settings.seed}")
+        split = Split(train, chosen, out, f"by patient, fold {number} of {settings.folds}, seed {settings.seed}")
         _check(tiles, split, positive, settings)
         yield split
+
+
+def _parted(
+    tiles: LabelledTiles, places: Places, positive: NDArray[np.bool_], settings: TrainSettings, count: int
+) -> list[Places]:
+    """Places in `count` parts, each patient in one, the share of positive tiles alike."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    _check_count(tiles.patient[places], count, f"--folds {settings.folds}")
+    if count == 1:
+        return [places]
+    folds = StratifiedGroupKFold(count, shuffle=True, random_state=settings.seed)
+    return [places[out] for _, out in folds.split(places, positive[places], tiles.patient[places])]
 
 
 def _by_patient(
