@@ -225,6 +225,13 @@ def train(
         float | None, typer.Option(help="Part of the patients that validate, where none has a split. [default: 0.15]")
     ] = None,
     folds: Annotated[int | None, typer.Option(help="Cross-validate by patient; 0: train once. [default: 0]")] = None,
+    cross_validation: Annotated[
+        Path | None,
+        typer.Option(
+            help="A --folds run of the same recipe: its held-out patients calibrate too; its figures go into the card.",
+            metavar="FOLDER",
+        ),
+    ] = None,
     positive_from: Annotated[
         float | None, typer.Option(help="IDC part that makes a tile positive. [default: 0.5]")
     ] = None,
@@ -270,6 +277,7 @@ def train(
         split_by=split_by,
         val_split=val_split,
         folds=folds,
+        cross_validation=cross_validation,
         positive_from=positive_from,
         balance=balance,
         epochs=epochs,

@@ -85,7 +85,13 @@ def held_out(folder, tiles, slides=("s0", "s2"), flip=False):
         truth = tiles(slide) != flip
         rows += [
             {"fold": fold, "slide": slide, "row": row, "patient": f"p{slide[1:]}", "truth": int(truth[row])}
-            | {"probability": 0.1 + 0.03 * row, "threshold": 0.3 + 0.1 * fold, "alone": 0.05, "alone_threshold": 0.6}
+            | {
+                "logit": -2.0,
+                "probability": 0.1 + 0.03 * row,
+                "threshold": 0.3 + 0.1 * fold,
+                "alone": 0.05,
+                "alone_threshold": 0.6,
+            }
             for row in reversed(range(24))
         ]
     write_held_out(folder, rows)

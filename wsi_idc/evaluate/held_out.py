@@ -18,6 +18,7 @@ _COLUMNS = {
     "row": np.int64,
     "patient": np.str_,
     "truth": np.int8,
+    "logit": np.float32,
     "probability": np.float32,
     "threshold": np.float64,
     "alone": np.float32,
@@ -31,8 +32,9 @@ class HeldOut:
 
     Attributes:
         folder: where it is.
-        columns: name to array (n,), a place a tile: `row` is the tile's place in its slide's arrays, `probability` has
-            the neighbours' part and `alone` has not, each with the threshold of its fold.
+        columns: name to array (n,), a place a tile: `row` is the tile's place in its slide's arrays, `logit` is the
+            network's before any temperature, `probability` has the neighbours' part and `alone` has not, each with the
+            threshold of its fold.
     """
 
     folder: Path

@@ -97,6 +97,11 @@ class Evaluation:
     samples: Mapping[str, Floats] = field(repr=False)
     notes: Sequence[str]
 
+    @property
+    def intervals(self) -> dict[str, tuple[float, float, float]]:
+        """Each figure's name to (value, low, high)."""
+        return {key: (figure.value, figure.low, figure.high) for key, figure in self.figures.items()}
+
     @cached_property
     def per_slide(self) -> list[GroupRow]:
         """Each slide's figures, in the order of the ids."""

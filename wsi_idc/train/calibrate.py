@@ -1,11 +1,14 @@
 """What validation tiles decide after training: temperatures, thresholds, and whether neighbours count."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize, minimize_scalar
 
 from wsi_idc.model.config import Context
-from wsi_idc.model.context import by_slide, smooth_logits
+from wsi_idc.model.context import by_slide, in_context, smooth_logits
 from wsi_idc.settings import TileSpec
 
 Logits = NDArray[np.floating]
@@ -16,6 +19,75 @@ SPREAD = 2.0
 LIMIT = 4.0
 """Of a context. All three are set here and not fitted to a training's few validation patients, one of whom may be a
 complete slide that outweighs the others: fitted so, they smoothed new patients too much (docs/model.md)."""
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Tiles by a network that was not trained on their patients.
+
+    Attributes:
+        logits: float32 (n,), before any temperature.
+        cell: int32 (n, 2), row and column in the slide's grid.
+        slide: str (n,), slide ids.
+        truth: bool (n,), True where the tile is IDC.
+    """
+
+    logits: Logits
+    cell: NDArray[np.int32]
+    slide: NDArray[np.str_]
+    truth: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What makes probabilities of a network's logits.
+
+    Attributes:
+        temperature: what logits are divided by.
+        threshold: the operating point of tiles alone.
+        context: how neighbours count, with a threshold of its own; None where they do not.
+    """
+
+    temperature: float
+    threshold: float
+    context: Context | None
+
+    def alone(self, logits: Logits) -> NDArray[np.float64]:
+        """P(IDC) of tiles by themselves, from logits before any temperature: float64 (n,)."""
+        return sigmoid(logits / np.float32(self.temperature))
+
+    def together(self, judges: Judges, spec: TileSpec) -> NDArray[np.float64]:
+        """P(IDC) with the neighbours' part, if they count: float64 (n,)."""
+        alone, context = self.alone(judges.logits), self.context
+        if context is None:
+            return alone
+        return by_slide(judges.slide, lambda own: in_context(alone[own], judges.cell[own], spec, context))
+
+    @property
+    def operating_point(self) -> float:
+        """The threshold of `together`."""
+        return self.context.threshold if self.context else self.threshold
+
+
+def calibrate(parts: Sequence[Judges], spec: TileSpec, *, mean: float | None) -> Calibration:
+    """Temperatures, thresholds, and whether neighbours count, by all judges alike.
+
+    Args:
+        parts: tiles by several networks; each keeps its slides to itself.
+        spec: the grid.
+        mean: the logit that is expected where no tile is near; None leaves neighbours out.
+    """
+    truth = np.concatenate([part.truth for part in parts])
+    raw = np.concatenate([part.logits for part in parts])
+    temperature = fit_temperature(raw, truth)
+    logits = raw / np.float32(temperature)
+    threshold = fit_threshold(sigmoid(logits), truth)
+    context = None
+    if mean is not None:
+        cell = np.concatenate([part.cell for part in parts])
+        slide = np.concatenate([np.char.add(f"{number}/", part.slide) for number, part in enumerate(parts)])
+        context = fit_context(logits, cell, slide, truth, spec, mean=mean)
+    return Calibration(temperature, threshold, context)
 
 
 def sigmoid(logits: Logits) -> NDArray[np.float64]:

@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from scipy.special import logit
 
 from wsi_idc.errors import WsiIdcError
 from wsi_idc.evaluate.metrics import FIGURES, Evaluation, evaluate_one
 from wsi_idc.evaluate.predictions import predictions
 from wsi_idc.model.bundle import Bundle, read_bundle
-from wsi_idc.model.context import by_slide, in_context
 from wsi_idc.model.network import TileNetwork, export_onnx, quantize, save_weights
 from wsi_idc.model.runtime import load_runtime, predict_all
-from wsi_idc.train.calibrate import fit_context, fit_temperature, fit_threshold, sigmoid
+from wsi_idc.train.calibrate import calibrate
+from wsi_idc.train.cross_validation import read_study
 from wsi_idc.train.data import LabelledTiles, Say
 from wsi_idc.train.history import draw_history, merge_logs
+from wsi_idc.train.judge import expected_logit, judge_tiles
 from wsi_idc.train.settings import TrainSettings
 from wsi_idc.train.splits import Split
 
@@ -35,8 +34,8 @@ CALIBRATION_TILES = 512
 LIMITS = (
     "Research use only; not for diagnosis.",
     "Trained on tiles of the size and um/px stated; slides must be tiled the same way.",
-    "The figures here are those of the validation patients, who chose the epoch, the temperatures and the "
-    "thresholds: they flatter. Judge the model on patients that are in neither list.",
+    "The figures of the validation patients flatter: they chose the epoch, the temperatures and the thresholds. Judge "
+    "the model on patients that are in no list of it.",
 )
 TITLES = {"resnet50": "ResNet-50", "idc-2016": "IDC network of 2016, three convolutions"}
 
@@ -101,46 +100,38 @@ def _write(
     epochs: int,
     say: Say,
 ) -> Finished:
-    truth = tiles.positive(settings.positive_from)[split.val]
     network.eval().to("cpu")
     network.temperature.fill_(1.0)
+    # Rounds the weights to half precision, in the network too: all that follows is by the rounded ones.
     save_weights(network, folder / "model.safetensors")
-    logits = predict_logits(network, pixels["val"], "cuda" if settings.gpus else "cpu")
-    temperature = fit_temperature(logits, truth)
-    network.temperature.fill_(temperature)
+    val = judge_tiles(network, tiles, split.val, pixels["val"], settings)
+    study = read_study(settings.cross_validation, tiles, settings) if settings.cross_validation else None
+    judges = [val, *study.judges] if study else [val]
+    calibration = calibrate(judges, tiles.spec, mean=expected_logit(tiles, split, settings))
+    network.temperature.fill_(calibration.temperature)
     save_weights(network, folder / "model.safetensors")
-    probability = sigmoid(logits / np.float32(temperature))
-    threshold = fit_threshold(probability, truth)
     export_onnx(network, folder / "model.onnx")
-    cell, slide = tiles.cell[split.val], tiles.slide[split.val]
-    context, together = None, probability
-    # Split by tile, the neighbours of a validation tile trained the network: there is nothing to learn from them.
-    if settings.resolve().context and settings.split_by == "patient":
-        mean = float(logit(tiles.positive(settings.positive_from)[split.train].mean()))
-        context = fit_context(logits / np.float32(temperature), cell, slide, truth, tiles.spec, mean=mean)
-    if context:
-        known = context
-        together = by_slide(slide, lambda own: in_context(probability[own], cell[own], tiles.spec, known))
+    probability, context = calibration.alone(val.logits), calibration.context
 
     def judge(values: NDArray[np.float64], at: float) -> Evaluation:
-        patient, positive_from = tiles.patient[split.val], settings.positive_from
-        part = tiles.part[split.val]
-        data = predictions(name, values, part, slide, patient, threshold=at, positive_from=positive_from)
+        data = predictions(name, values, val.truth, val.slide, tiles.patient[split.val], threshold=at)
         return evaluate_one(data, seed=settings.seed)
 
-    alone = judge(probability, threshold)
-    evaluation = judge(together, context.threshold) if context else alone
-    card = _card(network, tiles, split, settings, name, threshold, evaluation, epochs)
+    alone = judge(probability, calibration.threshold)
+    evaluation = judge(calibration.together(val, tiles.spec), context.threshold) if context else alone
+    card = _card(network, tiles, split, settings, name, calibration.threshold, evaluation, epochs)
     if context:
         card["context"] = context.model_dump()
-        card["training"]["figures_alone"] = _plain(_intervals(alone))
+        card["training"]["figures_alone"] = _plain(alone.intervals)
+    if study:
+        card["training"]["cross_validation"] = _plain(study.recorded)
     _put_json(folder / "bundle.json", card)
     _check_graph(folder, probability, pixels["val"], settings.threads)
     notes = list(evaluation.notes)
     quantize(folder / "model.onnx", folder / "model.int8.onnx", _calibration(pixels["train"], settings.seed))
     card["graph"]["int8"] = "model.int8.onnx"
     _put_json(folder / "bundle.json", card)
-    loss = alone.figures["roc_auc"].value - _int8_auc(folder, pixels["val"], truth, settings.threads)
+    loss = alone.figures["roc_auc"].value - _int8_auc(folder, pixels["val"], val.truth, settings.threads)
     card["training"]["int8_auc_loss"] = round(loss, 5)
     if loss > INT8_AUC_LOSS:
         (folder / "model.int8.onnx").unlink()
@@ -152,20 +143,7 @@ def _write(
     (folder / "CARD.md").write_text(_card_text(card), encoding="utf-8")
     for line in notes:
         say(line)
-    figures = {key: (figure.value, figure.low, figure.high) for key, figure in evaluation.figures.items()}
-    return Finished(figures, notes)
-
-
-def predict_logits(network: TileNetwork, pixels: NDArray[np.uint8], device: str) -> NDArray[np.float32]:
-    """Logits of tiles, in float32: float32 (n,), from uint8 (n, size, size, 3) RGB."""
-    network.eval().to(device)
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(pixels), 256):
-            batch = torch.from_numpy(np.ascontiguousarray(pixels[start : start + 256])).to(device)
-            parts.append(network(batch).float().cpu().numpy())
-    network.to("cpu")
-    return np.concatenate(parts)
+    return Finished(evaluation.intervals, notes)
 
 
 def _check_graph(folder: Path, expected: NDArray[np.float64], pixels: NDArray[np.uint8], threads: int) -> None:
@@ -233,7 +211,7 @@ def _card(
             "epochs": epochs,
             "temperature": float(network.temperature),
             "figures_on": "validation patients",
-            "figures": _intervals(evaluation),
+            "figures": evaluation.intervals,
             "interval": f"95 %, bootstrap over {counts['val']['patients']} patients",
             **patients,
             "versions": {
@@ -245,10 +223,6 @@ def _card(
     }
     fields: dict[str, Any] = _plain(Bundle.model_validate(card).model_dump(mode="json", exclude_none=True))
     return fields
-
-
-def _intervals(evaluation: Evaluation) -> dict[str, list[float]]:
-    return {key: [figure.value, figure.low, figure.high] for key, figure in evaluation.figures.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -305,6 +279,18 @@ def _card_text(card: Mapping[str, Any]) -> str:
             "|---|---|---|",
             *_figure_lines(training["figures_alone"]),
         ]
+    if study := training.get("cross_validation"):
+        lines += [
+            "",
+            f"On new patients: {study['folds']} networks trained in the same way, each judged on patients whom it "
+            f"never saw ({study['name']}, {study['patients']} patients, {study['tiles']:,} tiles). The model's "
+            "temperatures and thresholds are from these and the validation patients together; those of each fold are "
+            "from the validation patients and the other folds.",
+        ]
+        for key, title in (("figures", "all of them"), ("figures_alone", "each tile alone")):
+            if key in study:
+                lines += ["", f"| new patients, {title} | value | {study['interval']} |", "|---|---|---|"]
+                lines += _figure_lines(study[key])
     return "\n".join(lines) + "\n"
 
 

@@ -74,13 +74,17 @@ def run(
         WsiIdcError: the disk is full.
         KeyboardInterrupt: interrupted; the last checkpoint is whole.
     """
-    from wsi_idc.train.cross_validation import cross_validate
+    from wsi_idc.train.cross_validation import cross_validate, read_study
 
     say = say if _rank() == 0 else _silent
     store = open_store(store_path)
     tiles = labelled_tiles(store)
     if tiles.unknown:
         say(f"{tiles.unknown:,} tiles have no label and are left out")
+    if settings.cross_validation is not None:
+        if settings.folds or settings.split_by == "tile":
+            raise UsageError("--cross-validation", "calibrates one model, split by patient", "leave one of them out")
+        read_study(settings.cross_validation, tiles, settings)  # refused now rather than after hours
     if settings.folds:
         if settings.folds < 2 or settings.split_by == "tile":
             raise UsageError("--folds", "needs at least 2, split by patient", "leave out --folds or --split-by tile")

@@ -137,6 +137,8 @@ class TrainSettings(Settings):
     mixup: Annotated[float | None, Field(ge=0.0, le=10.0, json_schema_extra=CONTENT)] = None
     smoothing: Annotated[float | None, Field(ge=0.0, lt=1.0, json_schema_extra=CONTENT)] = None
     context: Annotated[bool | None, Field(json_schema_extra=CONTENT)] = None
+    # Not content: the weights do not depend on it, so that a training that is done can be given one by --resume.
+    cross_validation: Annotated[Path | None, Field(json_schema_extra=RUNTIME)] = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1, json_schema_extra=CONTENT)] = 0
     gpus: Annotated[int, Field(ge=0, le=64, json_schema_extra=RUNTIME)] = 0
     processes: Annotated[int, Field(ge=1, le=64, json_schema_extra=RUNTIME)] = 1
