@@ -73,6 +73,7 @@ def test_a_bundle_is_whole_and_its_forms_agree(make_store, patients, tmp_path, r
     assert training["unlabelled_tiles"] == 14
     assert "not for diagnosis" in training["limits"][0]
     assert result.epochs == 3
+    assert len({path.stat().st_mode for path in bundle.folder.iterdir()}) == 1
     assert result.figures["roc_auc"][0] > 0.9
     assert sum(line.startswith("epoch ") for line in lines) == 3
     assert any("14 tiles have no label" in line for line in lines)

@@ -132,14 +132,15 @@ def save_weights(network: TileNetwork, path: Path) -> None:
 
     The network's own weights become the rounded ones, so that every form of the model is the same function.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     with torch.no_grad():
         for value in network.state_dict().values():
             if value.ndim > 1:
                 value.copy_(value.half())
     state = {name: value.half() if value.ndim > 1 else value for name, value in network.state_dict().items()}
-    save_file({name: value.contiguous() for name, value in state.items()}, path)
+    # Not save_file, whose files only their owner may read: models are shared.
+    path.write_bytes(save({name: value.contiguous() for name, value in state.items()}))
 
 
 def export_onnx(network: TileNetwork, path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from wsi_idc.errors import WsiIdcError
 from wsi_idc.evaluate.metrics import FIGURES, Evaluation, evaluate_one
@@ -81,8 +80,8 @@ def finish(
         partial.mkdir(parents=True)
         finished = _write(network, tiles, split, settings, pixels, work, partial, out.name, epochs, say)
         partial.replace(out)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         advice = "the training is kept: make room, then --resume"
         raise WsiIdcError(out, f"the bundle cannot be written ({reason})", advice) from error
     return finished
