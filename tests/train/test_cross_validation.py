@@ -87,7 +87,7 @@ def test_a_cross_validation_that_does_not_fit_is_refused_before_training(make_st
     same_epochs = QUICK | {"epochs": 1}
     with pytest.raises(UsageError, match=r"cv: was made with other settings \(epochs\)"):
         run(store.path, tmp_path / "model", TrainSettings(**given, **QUICK), say=quiet)
-    with pytest.raises(UsageError, match="holds no cross-validation"):
+    with pytest.raises(UsageError, match="holds no finished cross-validation"):
         run(store.path, tmp_path / "model", TrainSettings(cross_validation=tmp_path, **same_epochs), say=quiet)
     for wrong in ({"folds": 2}, {"split_by": "tile"}):
         with pytest.raises(UsageError, match="--cross-validation: calibrates one model, split by patient"):

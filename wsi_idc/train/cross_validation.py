@@ -123,7 +123,7 @@ def read_study(folder: Path, tiles: LabelledTiles, settings: TrainSettings) -> S
         figures, alone = summary["pooled"], summary["pooled_alone"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         advice = "give the folder of a finished train --folds; run that again if an older version made it"
-        raise UsageError(option, f"holds no cross-validation ({error})", advice) from error
+        raise UsageError(option, "holds no finished cross-validation", advice) from error
     if identity != tiles.identity:
         raise UsageError(option, "was made on another store", "cross-validate on the store that is trained on")
     # A final training starts from other weights than a fold, and may look at another number of folds.
