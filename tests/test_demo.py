@@ -7,7 +7,8 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from wsi_idc.console import Console
-from wsi_idc.demo import MODEL, run_demo
+from wsi_idc.demo import run_demo
+from wsi_idc.model.bundle import SHIPPED
 from wsi_idc.store import open_store
 
 
@@ -15,7 +16,7 @@ def test_the_demo_makes_slides_scores_them_and_draws_their_maps(tmp_path, capsys
     run_demo(tmp_path, Console())
     output = capsys.readouterr()
     assert "failed demo-broken: cannot read the region at x " in output.err
-    assert "It is not a trained model" in output.out
+    assert "their maps say nothing of how good the model is" in output.out
     assert "Research use only" in output.out
     store = open_store(tmp_path / "tiles.zarr")
     assert store.slide_ids() == ["demo-annotated", "demo-pen"]
@@ -24,7 +25,7 @@ def test_the_demo_makes_slides_scores_them_and_draws_their_maps(tmp_path, capsys
             assert picture.size[0] > 1000
             assert np.asarray(picture.convert("RGB")).std() > 20
     slide = store.slide("demo-annotated")
-    probability = np.asarray(store.map_node(MODEL, "demo-annotated").array("probability")[...])
+    probability = np.asarray(store.map_node(SHIPPED.name, "demo-annotated").array("probability")[...])
     assert roc_auc_score(slide.idc > 0.5, probability) > 0.9
     assert len(list(tmp_path.glob("demo-*.tif"))) == 3
 

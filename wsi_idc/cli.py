@@ -164,7 +164,10 @@ def extract(
 def infer(
     store: StoreOption = DEFAULT_STORE,
     model: Annotated[
-        Path | None, typer.Option(envvar="WSI_IDC_MODEL", help="A model bundle's folder.", metavar="BUNDLE")
+        Path | None,
+        typer.Option(
+            envvar="WSI_IDC_MODEL", help="A model bundle's folder. [default: the one that ships]", metavar="BUNDLE"
+        ),
     ] = None,
     workers: WorkersOption = 0,
     threads: ThreadsOption = None,
@@ -189,12 +192,10 @@ def infer(
     )
     if settings.gpus and settings.workers:
         raise UsageError("--gpus", "cannot go with --workers", "leave one of them out")
-    if model is None:
-        raise UsageError("--model", "no model ships with this version yet", "give a bundle's folder with --model")
     from wsi_idc import infer as stage
-    from wsi_idc.model.bundle import read_bundle
+    from wsi_idc.model.bundle import SHIPPED, read_bundle
 
-    bundle = read_bundle(model)
+    bundle = read_bundle(model or SHIPPED)
     if dry_run:
         from wsi_idc.store import open_store
 
@@ -308,7 +309,12 @@ def train(
 def evaluate(
     store: StoreOption = DEFAULT_STORE,
     model: Annotated[
-        list[Path] | None, typer.Option(help="A model bundle's folder; several are compared.", metavar="BUNDLE")
+        list[Path] | None,
+        typer.Option(
+            envvar="WSI_IDC_MODEL",
+            help="A model bundle, or the folder of train --folds; several are compared. [default: the one that ships]",
+            metavar="BUNDLE",
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="train, val, test, or all slides with labels.")] = "test",
     out: Annotated[Path, typer.Option(help="Folder for tables, plots and page.", metavar="DIR")] = Path("evaluation"),
@@ -324,20 +330,19 @@ def evaluate(
 ) -> None:
     """Compare the maps of a store with its labels: figures with intervals, plots, one HTML page."""
     console = _console(json_lines=json_lines, quiet=quiet)
-    if not model:
-        raise UsageError("--model", "no model ships with this version yet", "give a bundle's folder with --model")
     if split not in ("train", "val", "test", "all"):
         raise UsageError("--split", f"{split!r} is not a split", "give train, val, test or all")
     from typing import cast
 
     from wsi_idc.evaluate.gather import SplitName, gather
+    from wsi_idc.evaluate.held_out import FILE, read_held_out
     from wsi_idc.evaluate.metrics import evaluate as compute
-    from wsi_idc.model.bundle import read_bundle
+    from wsi_idc.model.bundle import SHIPPED, read_bundle
     from wsi_idc.store import open_store
 
     found = gather(
         open_store(store),
-        [read_bundle(folder) for folder in model],
+        [read_held_out(path) if (path / FILE).is_file() else read_bundle(path) for path in model or [SHIPPED]],
         cast(SplitName, split),
         positive_from=positive_from,
         trained_on=trained_on,
