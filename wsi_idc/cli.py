@@ -245,6 +245,7 @@ def train(
     ] = None,
     mixup: Annotated[float | None, typer.Option(help="[default: the recipe's]")] = None,
     smoothing: Annotated[float | None, typer.Option(help="Label smoothing. [default: the recipe's]")] = None,
+    augmentation: Annotated[str | None, typer.Option(help="full, light or seed. [default: the recipe's]")] = None,
     context: Annotated[
         bool | None,
         typer.Option("--context/--no-context", help="Let a tile's neighbours count. [default: the recipe's]"),
@@ -287,6 +288,7 @@ def train(
         patience=patience,
         mixup=mixup,
         smoothing=smoothing,
+        augmentation=augmentation,
         context=context,
         seed=seed,
         gpus=gpus,

@@ -1,12 +1,13 @@
 """The recipes are what they say, and every setting says whether it changes the result."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from wsi_idc.errors import UsageError
 from wsi_idc.settings import build
-from wsi_idc.train.settings import RECIPES, TrainSettings
+from wsi_idc.train.settings import AUGMENTATIONS, RECIPES, TrainSettings
 
 
 def test_the_seed_recipe_is_exactly_what_it_says():
@@ -29,6 +30,12 @@ def test_what_is_said_goes_before_the_recipe():
     said = TrainSettings(epochs=3, lr=0.5, activation="elu", batch_size=8).resolve()
     assert (said.epochs, said.lr, said.activation, said.batch_size) == (3, 0.5, "elu", 8)
     assert TrainSettings().resolve() == RECIPES["default"]
+
+
+def test_another_augmentation_leaves_the_rest_of_the_recipe():
+    said = TrainSettings(augmentation="light").resolve()
+    assert said == replace(RECIPES["default"], augmentation=AUGMENTATIONS["light"])
+    assert TrainSettings(recipe="seed").resolve().augmentation == AUGMENTATIONS["seed"]
 
 
 def test_every_setting_is_content_or_runtime():

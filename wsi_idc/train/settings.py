@@ -11,6 +11,7 @@ from wsi_idc.model.config import Activation, Contrast, Flips, Kind, NetworkConfi
 from wsi_idc.settings import CONTENT, RUNTIME, Settings
 
 RecipeName = Literal["default", "seed"]
+AugmentationName = Literal["full", "light", "seed"]
 Balance = Literal["none", "weights", "sampling"]
 INPUT_PX: dict[Kind, int] = {"resnet50": 50, "idc-2016": 32}
 """The standard size that tiles are resized to, by network."""
@@ -76,6 +77,13 @@ class Recipe:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
+AUGMENTATIONS: dict[AugmentationName, Augmentation] = {
+    "full": Augmentation(rotation_deg=45, shift=0.05, zoom=0.2, mirror="all", stain=0.25, colour=0.1, brightness=0.06),
+    # For the last epochs of a training: tiles as sharp as those that will be scored, none of them interpolated.
+    "light": Augmentation(mirror="all", stain=0.15, colour=0.06, brightness=0.04),
+    "seed": Augmentation(rotation_deg=20, shift=0.1, shear_deg=10, zoom=0.1, mirror="horizontal", edge="border"),
+}
+
 RECIPES: dict[RecipeName, Recipe] = {
     "default": Recipe(
         activation="relu",
@@ -91,9 +99,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         monitor="val_auc",
         ema=0.998,
         context=True,
-        augmentation=Augmentation(
-            rotation_deg=45, shift=0.05, zoom=0.2, mirror="all", stain=0.25, colour=0.1, brightness=0.06
-        ),
+        augmentation=AUGMENTATIONS["full"],
     ),
     "seed": Recipe(
         activation="elu",
@@ -107,9 +113,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         batch_size=32,
         patience=10,
         monitor="val_loss",
-        augmentation=Augmentation(
-            rotation_deg=20, shift=0.1, shear_deg=10, zoom=0.1, mirror="horizontal", edge="border"
-        ),
+        augmentation=AUGMENTATIONS["seed"],
     ),
 }
 
@@ -136,6 +140,7 @@ class TrainSettings(Settings):
     patience: Annotated[int | None, Field(ge=0, le=10000, json_schema_extra=CONTENT)] = None
     mixup: Annotated[float | None, Field(ge=0.0, le=10.0, json_schema_extra=CONTENT)] = None
     smoothing: Annotated[float | None, Field(ge=0.0, lt=1.0, json_schema_extra=CONTENT)] = None
+    augmentation: Annotated[AugmentationName | None, Field(json_schema_extra=CONTENT)] = None
     context: Annotated[bool | None, Field(json_schema_extra=CONTENT)] = None
     # Not content: the weights do not depend on it, so that a training that is done can be given one by --resume.
     cross_validation: Annotated[Path | None, Field(json_schema_extra=RUNTIME)] = None
@@ -154,6 +159,8 @@ class TrainSettings(Settings):
         """The recipe, with what was said put in."""
         names = ("activation", "flips", "epochs", "batch_size", "lr", "patience", "mixup", "smoothing", "context")
         said = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.augmentation is not None:
+            said["augmentation"] = AUGMENTATIONS[self.augmentation]
         return dataclasses.replace(RECIPES[self.recipe], **said)
 
     def network_config(self, tile_px: int) -> NetworkConfig:
