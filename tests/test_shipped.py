@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 from wsi_idc.model.bundle import SHIPPED, read_bundle
 from wsi_idc.model.runtime import TorchRuntime, load_runtime, predict_all
 from wsi_idc.settings import TileSpec
+from wsi_idc.train.finish import card_text
 
 MIB = 2**20
 
@@ -47,8 +48,9 @@ def test_its_card_says_who_trained_it_how_well_it_does_and_what_it_is_not_for():
     for figures in (training["figures"], training["figures_alone"]):
         value, low, high = figures["roc_auc"]
         assert low < value < high
+    assert card == card_text(json.loads((SHIPPED / "bundle.json").read_text(encoding="utf-8")))
     assert "not for diagnosis" in card
-    assert "new patients" in card
+    assert "new patients, neighbours counted" in card
     for text in (card, (SHIPPED / "bundle.json").read_text(encoding="utf-8")):
         assert not re.search(r"/(tmp|home|root|work)/", text)
 

@@ -139,7 +139,7 @@ def _write(
     _put_json(folder / "bundle.json", card)
     rows = merge_logs(work / "logs")
     _put_history(folder, rows)
-    (folder / "CARD.md").write_text(_card_text(card), encoding="utf-8")
+    (folder / "CARD.md").write_text(card_text(card), encoding="utf-8")
     for line in notes:
         say(line)
     return Finished(evaluation.intervals, notes)
@@ -247,7 +247,7 @@ def _put_history(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
     (folder / "history.png").write_bytes(draw_history(rows))
 
 
-def _card_text(card: Mapping[str, Any]) -> str:
+def card_text(card: Mapping[str, Any]) -> str:
     """The card as Markdown."""
     training = card["training"]
     lines = [
@@ -286,7 +286,8 @@ def _card_text(card: Mapping[str, Any]) -> str:
             "temperatures and thresholds are from these and the validation patients together; those of each fold are "
             "from the validation patients and the other folds.",
         ]
-        for key, title in (("figures", "all of them"), ("figures_alone", "each tile alone")):
+        whole = "neighbours counted" if "figures_alone" in study else "each tile alone"
+        for key, title in (("figures", whole), ("figures_alone", "each tile alone")):
             if key in study:
                 lines += ["", f"| new patients, {title} | value | {study['interval']} |", "|---|---|---|"]
                 lines += _figure_lines(study[key])
