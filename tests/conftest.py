@@ -181,6 +181,25 @@ def recorder() -> Recorder:
 
 
 @pytest.fixture(scope="session")
+def wsi_idc():
+    """Runs the command as a process of its own, with none of the user's settings but those that are given."""
+
+    def run(*arguments, cwd=None, **environment):
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("WSI_IDC_")}
+        return subprocess.run(
+            [sys.executable, "-m", "wsi_idc.cli", *map(str, arguments)],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=kept | environment,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def make():
     """The makers above, for tests to call."""
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,19 +14,6 @@ from wsi_idc.settings import ExtractSettings, InferSettings
 
 COMMANDS = ("extract", "infer", "train", "evaluate", "status", "manifest", "info", "demo")
 HEAVY = ("torch", "tiatoolbox", "zarr", "dask", "distributed", "onnxruntime", "matplotlib", "scipy", "pydantic")
-
-
-def wsi_idc(*arguments, cwd=None, **environment):
-    """Run the command as a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "wsi_idc.cli", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **environment},
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -46,12 +32,12 @@ print(sorted(set({HEAVY!r}) & set(sys.modules)))
     assert "Usage: " in done.stdout
 
 
-def test_every_command_is_tested_here():
+def test_every_command_is_tested_here(wsi_idc):
     listed = wsi_idc("--help").stdout.split("Commands:")[1]
     assert set(re.findall(r"^  (\w+) ", listed, re.MULTILINE)) >= set(COMMANDS)
 
 
-def test_the_defaults_in_the_help_are_the_defaults():
+def test_the_defaults_in_the_help_are_the_defaults(wsi_idc):
     text = " ".join(wsi_idc("extract", "--help").stdout.split())
     settings = ExtractSettings()
     for option, value in (
@@ -67,7 +53,7 @@ def test_the_defaults_in_the_help_are_the_defaults():
     assert f"[default: {InferSettings().batch_size}]" in text
 
 
-def test_the_way_from_a_manifest_to_maps(slides, bundle):
+def test_the_way_from_a_manifest_to_maps(wsi_idc, slides, bundle):
     folder = slides.parent
     done = wsi_idc("extract", slides, cwd=folder)
     assert done.returncode == 1
@@ -85,7 +71,7 @@ def test_the_way_from_a_manifest_to_maps(slides, bundle):
     assert (folder / "tiles.zarr").is_dir()
 
 
-def test_status_of_a_manifest_has_slides_that_were_never_tried(slides):
+def test_status_of_a_manifest_has_slides_that_were_never_tried(wsi_idc, slides):
     folder = slides.parent
     wsi_idc("extract", slides, "--only", "a", cwd=folder)
     states = [json.loads(line) for line in wsi_idc("status", slides, "--json", cwd=folder).stdout.splitlines()]
@@ -96,7 +82,7 @@ def test_status_of_a_manifest_has_slides_that_were_never_tried(slides):
     ]
 
 
-def test_json_is_one_object_a_line(slides, bundle):
+def test_json_is_one_object_a_line(wsi_idc, slides, bundle):
     done = wsi_idc("extract", slides, "--json", cwd=slides.parent)
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert {event["event"] for event in events} == {"done", "failed", "summary"}
@@ -113,14 +99,14 @@ def test_json_is_one_object_a_line(slides, bundle):
     assert [json.loads(line)["event"] for line in done.stdout.splitlines()] == ["done", "summary"]
 
 
-def test_quiet_says_only_what_failed_and_verbose_what_was_skipped(slides):
+def test_quiet_says_only_what_failed_and_verbose_what_was_skipped(wsi_idc, slides):
     done = wsi_idc("extract", slides, "-q", cwd=slides.parent)
     assert done.stdout == "" and done.stderr.startswith("failed broken: ")
     done = wsi_idc("extract", slides, "-v", cwd=slides.parent)
     assert "skipped a: already done" in done.stdout
 
 
-def test_a_dry_run_says_what_would_be_done_and_does_nothing(slides):
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(wsi_idc, slides):
     done = wsi_idc("extract", slides, "--dry-run", cwd=slides.parent)
     assert done.stdout.splitlines() == ["run   a: new", "run   b: new", "run   broken: new"]
     assert not (slides.parent / "tiles.zarr").exists()
@@ -129,7 +115,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(slides):
     assert done.stdout.splitlines()[0] == "redo  a: tile size and stride changed"
 
 
-def test_no_pixels_and_the_other_options_arrive(slides):
+def test_no_pixels_and_the_other_options_arrive(wsi_idc, slides):
     done = wsi_idc(
         "extract", slides, "--only", "a", "--no-pixels", "--tile-size", 100, "--mpp", 2.0, "--stride", 50,
         "--last", "drop", "--tissue", "none", "--store", "other.zarr", cwd=slides.parent,
@@ -163,7 +149,7 @@ def test_no_pixels_and_the_other_options_arrive(slides):
         (["info", "none.svs", "--tissue", "x"], "--tissue"),
     ],
 )
-def test_bad_usage_is_said_in_a_line_with_exit_code_2(slides, bundle, arguments, message):
+def test_bad_usage_is_said_in_a_line_with_exit_code_2(wsi_idc, slides, bundle, arguments, message):
     before = sorted(slides.parent.rglob("*"))
     done = wsi_idc(*arguments, cwd=slides.parent)
     assert done.returncode == 2, done.stderr
@@ -172,14 +158,14 @@ def test_bad_usage_is_said_in_a_line_with_exit_code_2(slides, bundle, arguments,
     assert sorted(slides.parent.rglob("*")) == before
 
 
-def test_gpus_that_are_not_there(slides, bundle):
+def test_gpus_that_are_not_there(wsi_idc, slides, bundle):
     wsi_idc("extract", slides, cwd=slides.parent)
     done = wsi_idc("infer", "--model", bundle, "--gpus", 1, cwd=slides.parent, CUDA_VISIBLE_DEVICES="")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == ["wsi-idc: --gpus: 1 asked for, 0 found; leave --gpus out to run on the CPU"]
 
 
-def test_all_faults_of_a_manifest_are_told_at_once(tmp_path):
+def test_all_faults_of_a_manifest_are_told_at_once(wsi_idc, tmp_path):
     (tmp_path / "m.csv").write_text("path,mpp,split\nnone.svs,fast,trian\n,0.25,train\n")
     done = wsi_idc("extract", "m.csv", cwd=tmp_path)
     assert done.returncode == 2
@@ -187,7 +173,7 @@ def test_all_faults_of_a_manifest_are_told_at_once(tmp_path):
     assert not (tmp_path / "tiles.zarr").exists()
 
 
-def test_a_store_that_is_held_is_exit_code_75(slides):
+def test_a_store_that_is_held_is_exit_code_75(wsi_idc, slides):
     wsi_idc("extract", slides, cwd=slides.parent)
     from wsi_idc.store import open_store
 
@@ -199,7 +185,7 @@ def test_a_store_that_is_held_is_exit_code_75(slides):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_interrupted_run_says_so_and_goes_on_from_there(tmp_path, make, number, workers):
+def test_an_interrupted_run_says_so_and_goes_on_from_there(wsi_idc, tmp_path, make, number, workers):
     names = [f"s{index}" for index in range(12)]
     for index, name in enumerate(names):
         make.tissue_slide(tmp_path / f"{name}.tif", 1500, 1500, seed=index)
@@ -219,7 +205,7 @@ def test_an_interrupted_run_says_so_and_goes_on_from_there(tmp_path, make, numbe
     assert done and done <= skipped < set(names)
 
 
-def test_a_run_that_is_killed_leaves_a_store_that_the_next_run_completes(tmp_path, make):
+def test_a_run_that_is_killed_leaves_a_store_that_the_next_run_completes(wsi_idc, tmp_path, make):
     for index in range(6):
         make.tissue_slide(tmp_path / f"s{index}.tif", 1500, 1500, seed=index)
     (tmp_path / "m.csv").write_text("path\n" + "\n".join(f"s{index}.tif" for index in range(6)))
@@ -235,7 +221,7 @@ def test_a_run_that_is_killed_leaves_a_store_that_the_next_run_completes(tmp_pat
     assert not list((tmp_path / "tiles.zarr").rglob("*.partial"))
 
 
-def test_output_that_nobody_reads_is_no_error(slides):
+def test_output_that_nobody_reads_is_no_error(wsi_idc, slides):
     wsi_idc("extract", slides, cwd=slides.parent)
     command = f"{sys.executable} -m wsi_idc.cli status | true"
     done = subprocess.run(command, shell=True, cwd=slides.parent, capture_output=True, text=True, check=False)
@@ -243,7 +229,7 @@ def test_output_that_nobody_reads_is_no_error(slides):
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
-def test_a_manifest_of_a_folder_is_one_that_extract_takes(slides):
+def test_a_manifest_of_a_folder_is_one_that_extract_takes(wsi_idc, slides):
     done = wsi_idc("manifest", ".", "-o", "new.csv", cwd=slides.parent)
     assert done.returncode == 0, done.stderr
     with (slides.parent / "new.csv").open() as stream:
@@ -253,7 +239,7 @@ def test_a_manifest_of_a_folder_is_one_that_extract_takes(slides):
     assert wsi_idc("manifest", ".", cwd=slides.parent).stdout.startswith("path,slide_id,patient_id\n")
 
 
-def test_info_says_what_a_slide_is(slides):
+def test_info_says_what_a_slide_is(wsi_idc, slides):
     fields = json.loads(wsi_idc("info", "a.tif", "--json", cwd=slides.parent).stdout)
     assert (fields["size"], fields["mpp"], fields["mpp_source"]) == ([500, 400], [4.0, 4.0], "TIFF resolution tag")
     assert (fields["tiles"], fields["cells"], fields["levels"]) == (24, 80, [{"size": [500, 400], "mpp": 4.0}])
@@ -282,7 +268,7 @@ def test_a_defect_is_one_line_and_the_traceback_is_there_for_those_who_ask(slide
         cli.main(["status"])
 
 
-def test_a_full_disk_fails_slides_by_name_and_loses_nothing_that_was_done(slides):
+def test_a_full_disk_fails_slides_by_name_and_loses_nothing_that_was_done(wsi_idc, slides):
     """A limit on the size of files stands for the disk: the same OSError from the same place."""
     folder = slides.parent
     wsi_idc("extract", slides, "--only", "a", cwd=folder)

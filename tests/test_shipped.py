@@ -1,10 +1,7 @@
 """The model that ships: whole, honest about itself, the same in all its forms, and used when nothing else is said."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,15 +14,6 @@ from wsi_idc.settings import TileSpec
 from wsi_idc.train.finish import card_text
 
 MIB = 2**20
-
-
-def wsi_idc(*arguments, cwd):
-    """Run the command as a process of its own, with no model named anywhere."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WSI_IDC_MODEL")}
-    return subprocess.run(
-        [sys.executable, "-m", "wsi_idc.cli", *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment, check=False,
-    )  # fmt: skip
 
 
 def test_it_is_a_bundle_for_the_default_tiles_and_no_larger_than_it_must_be():
@@ -73,7 +61,7 @@ def test_its_forms_agree_on_real_tiles(patches):
     assert roc_auc_score(truth, int8) > 0.9
 
 
-def test_a_real_slide_is_scored_and_judged_with_nothing_else_said(idc_slide, tmp_path):
+def test_a_real_slide_is_scored_and_judged_with_nothing_else_said(wsi_idc, idc_slide, tmp_path):
     slide = idc_slide("8867") / "idc-8867.tif"
     row = f"{slide},8867,{slide.with_suffix('.geojson')}"
     (tmp_path / "manifest.csv").write_text(f"path,patient_id,annotation\n{row}\n")
@@ -88,7 +76,7 @@ def test_a_real_slide_is_scored_and_judged_with_nothing_else_said(idc_slide, tmp
     assert together > alone > 0.9
 
 
-def test_slides_cut_otherwise_are_refused_with_what_to_do(idc_slide, tmp_path):
+def test_slides_cut_otherwise_are_refused_with_what_to_do(wsi_idc, idc_slide, tmp_path):
     slide = idc_slide("8867") / "idc-8867.tif"
     (tmp_path / "manifest.csv").write_text(f"path\n{slide}\n")
     assert wsi_idc("extract", "manifest.csv", "--tile-size", 64, "--no-pixels", cwd=tmp_path).returncode == 0

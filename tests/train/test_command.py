@@ -1,20 +1,9 @@
 """From the command line: train, then the bundle that came out of it scores and is judged."""
 
 import json
-import os
-import subprocess
-import sys
 
 
-def wsi_idc(*arguments, cwd):
-    """Run the command as a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "wsi_idc.cli", *map(str, arguments)],
-        cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=os.environ.copy(), check=False,
-    )  # fmt: skip
-
-
-def test_train_infer_and_evaluate_fit_together(make_store, tmp_path):
+def test_train_infer_and_evaluate_fit_together(wsi_idc, make_store, tmp_path):
     splits = {f"p{index}": split for index, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 3)}
     store = make_store(splits, size=32)
     place = ["--store", store.path]
@@ -36,7 +25,7 @@ def test_train_infer_and_evaluate_fit_together(make_store, tmp_path):
     assert "m was trained on 4 of these 4 patients (p0, p1, p2, ...)" in done.stderr
 
 
-def test_a_recipe_is_cross_validated_judged_and_calibrates_the_model_that_comes_after_it(make_store, tmp_path):
+def test_a_recipe_is_cross_validated_judged_and_calibrates_the_model_that_comes_after_it(wsi_idc, make_store, tmp_path):
     store = make_store({"p0": "", "p1": "", "p2": "train", "p3": "train", "p4": "val", "p5": "val"}, size=32)
     place = ["--store", store.path]
     quick = [*place, "--network", "idc-2016", "--epochs", 2, "--batch-size", 16]
@@ -54,7 +43,7 @@ def test_a_recipe_is_cross_validated_judged_and_calibrates_the_model_that_comes_
     assert "--cross-validation m: holds no finished cross-validation" in done.stderr
 
 
-def test_what_cannot_be_trained_is_one_line(make_store, tmp_path):
+def test_what_cannot_be_trained_is_one_line(wsi_idc, make_store, tmp_path):
     store = make_store({"p0": ""})
     done = wsi_idc("train", "--store", store.path, "--out", "m", cwd=tmp_path)
     assert done.returncode == 2

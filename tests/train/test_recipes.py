@@ -12,7 +12,7 @@ from wsi_idc.train.settings import AUGMENTATIONS, RECIPES, TrainSettings
 
 def test_the_seed_recipe_is_exactly_what_it_says():
     recipe = TrainSettings(recipe="seed").resolve()
-    how = recipe.augmentation
+    how = AUGMENTATIONS[recipe.augmentation]
     config = TrainSettings(recipe="seed").network_config(96)
     assert config.kind == "resnet50"
     assert config.input_px == 50
@@ -34,8 +34,9 @@ def test_what_is_said_goes_before_the_recipe():
 
 def test_another_augmentation_leaves_the_rest_of_the_recipe():
     said = TrainSettings(augmentation="light").resolve()
-    assert said == replace(RECIPES["default"], augmentation=AUGMENTATIONS["light"])
-    assert TrainSettings(recipe="seed").resolve().augmentation == AUGMENTATIONS["seed"]
+    assert said == replace(RECIPES["default"], augmentation="light")
+    assert AUGMENTATIONS["light"].stain < AUGMENTATIONS["full"].stain
+    assert TrainSettings(recipe="seed").resolve().augmentation == "seed"
 
 
 def test_every_setting_is_content_or_runtime():

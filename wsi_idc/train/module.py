@@ -11,7 +11,7 @@ from torchmetrics.classification import BinaryAUROC
 
 from wsi_idc.model.network import TileNetwork
 from wsi_idc.train.augment import augment, mix
-from wsi_idc.train.settings import Recipe
+from wsi_idc.train.settings import AUGMENTATIONS, Recipe
 
 
 class Training(pl.LightningModule):  # type: ignore[misc]
@@ -39,7 +39,7 @@ class Training(pl.LightningModule):  # type: ignore[misc]
         generator = torch.Generator(device=tiles.device)
         generator.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
         with torch.no_grad(), torch.autocast(tiles.device.type, enabled=False):
-            images = augment(tiles, self.recipe.augmentation, generator)
+            images = augment(tiles, AUGMENTATIONS[self.recipe.augmentation], generator)
             targets = targets * (1.0 - self.recipe.smoothing) + 0.5 * self.recipe.smoothing
             if self.recipe.mixup:
                 images, targets = mix(images, targets, self.recipe.mixup, generator)

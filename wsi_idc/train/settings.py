@@ -1,7 +1,7 @@
 """What `train` can be told, and the two recipes that fill in what it is not told."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,6 +44,14 @@ class Augmentation:
     edge: Literal["reflection", "border"] = "reflection"
 
 
+AUGMENTATIONS: dict[AugmentationName, Augmentation] = {
+    "full": Augmentation(rotation_deg=45, shift=0.05, zoom=0.2, mirror="all", stain=0.25, colour=0.1, brightness=0.06),
+    # For the last epochs of a training: tiles as sharp as those that will be scored, none of them interpolated.
+    "light": Augmentation(mirror="all", stain=0.15, colour=0.06, brightness=0.04),
+    "seed": Augmentation(rotation_deg=20, shift=0.1, shear_deg=10, zoom=0.1, mirror="horizontal", edge="border"),
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One way to train.
@@ -70,19 +78,12 @@ class Recipe:
     batch_size: int
     patience: int
     monitor: Literal["val_auc", "val_loss"]
+    augmentation: AugmentationName
     ema: float = 0.0
     mixup: float = 0.0
     smoothing: float = 0.0
     context: bool = False
-    augmentation: Augmentation = field(default_factory=Augmentation)
 
-
-AUGMENTATIONS: dict[AugmentationName, Augmentation] = {
-    "full": Augmentation(rotation_deg=45, shift=0.05, zoom=0.2, mirror="all", stain=0.25, colour=0.1, brightness=0.06),
-    # For the last epochs of a training: tiles as sharp as those that will be scored, none of them interpolated.
-    "light": Augmentation(mirror="all", stain=0.15, colour=0.06, brightness=0.04),
-    "seed": Augmentation(rotation_deg=20, shift=0.1, shear_deg=10, zoom=0.1, mirror="horizontal", edge="border"),
-}
 
 RECIPES: dict[RecipeName, Recipe] = {
     "default": Recipe(
@@ -99,7 +100,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         monitor="val_auc",
         ema=0.998,
         context=True,
-        augmentation=AUGMENTATIONS["full"],
+        augmentation="full",
     ),
     "seed": Recipe(
         activation="elu",
@@ -113,7 +114,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         batch_size=32,
         patience=10,
         monitor="val_loss",
-        augmentation=AUGMENTATIONS["seed"],
+        augmentation="seed",
     ),
 }
 
@@ -157,10 +158,8 @@ class TrainSettings(Settings):
 
     def resolve(self) -> Recipe:
         """The recipe, with what was said put in."""
-        names = ("activation", "flips", "epochs", "batch_size", "lr", "patience", "mixup", "smoothing", "context")
+        names = {field.name for field in dataclasses.fields(Recipe)} & set(TrainSettings.model_fields)
         said = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.augmentation is not None:
-            said["augmentation"] = AUGMENTATIONS[self.augmentation]
         return dataclasses.replace(RECIPES[self.recipe], **said)
 
     def network_config(self, tile_px: int) -> NetworkConfig:
