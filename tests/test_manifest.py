@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from wsi_idc.errors import ManifestError
-from wsi_idc.manifest import MPP_RANGE, Row, check_slide_id, read_manifest, same_name
+from wsi_idc.manifest import Row, read_manifest
+from wsi_idc.names import check_slide_id, same_name
+from wsi_idc.units import MPP_RANGE
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -21,12 +21,12 @@ from wsi_idc.cluster import (
     report_tiles,
     threads_per_task,
 )
+from wsi_idc.digests import checksum, digest, fingerprint
 from wsi_idc.errors import SlideError
-from wsi_idc.fingerprint import fingerprint
 from wsi_idc.grid import Grid
 from wsi_idc.manifest import Row
 from wsi_idc.plan import Plan, plan
-from wsi_idc.settings import ExtractSettings, digest
+from wsi_idc.settings import ExtractSettings
 from wsi_idc.slides import Slide, open_slide
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class ExtractJob:
     def prepare(self) -> Prepared:
         """Find the tissue, and write all that does not need the tiles' pixels."""
         from wsi_idc.reader import check_resolution
-        from wsi_idc.store import checksum, tiles_per_chunk, tiles_per_shard
+        from wsi_idc.store import tiles_per_chunk, tiles_per_shard
 
         made_from = self.planned.made_from or wanted(self.row, self.settings)
         spec = self.settings.tile

@@ -23,9 +23,9 @@ from wsi_idc.cluster import (
     threads_per_task,
     visible_gpus,
 )
+from wsi_idc.digests import checksum, file_digest, fingerprint
 from wsi_idc.errors import SlideError
-from wsi_idc.fingerprint import fingerprint
-from wsi_idc.model.bundle import LoadedBundle, file_digest, read_bundle
+from wsi_idc.model.bundle import LoadedBundle, read_bundle
 from wsi_idc.model.config import Context
 from wsi_idc.plan import Plan, plan
 from wsi_idc.settings import InferSettings, Precision
@@ -238,8 +238,6 @@ class InferJob:
 
     def finish(self, prepared: Prepared, results: list[NDArray[np.float32]]) -> Outcome:
         """Write the map and the record that makes it exist."""
-        from wsi_idc.store import checksum
-
         slide = self._store.slide(self.slide_id)
         bundle = read_bundle(self.choice.folder)
         probability = np.concatenate([np.zeros(0, np.float32), *results])

@@ -8,22 +8,19 @@ import difflib
 import io
 import math
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from wsi_idc.errors import ManifestError
+from wsi_idc.names import check_slide_id, same_name
+from wsi_idc.units import MPP_RANGE
 
-MPP_RANGE = (0.05, 100.0)
-"""um/px that a slide can have; outside it, a figure is a mistake of units."""
 SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "slide_id", "patient_id", "mpp", "annotation", "mask", "split", "label")
 """The columns that mean something; all others are metadata."""
 
-MAX_ID_BYTES = 128
 _MAX_FILE_BYTES = 256 * 1024 * 1024
-_NOT_IN_NAMES = frozenset('<>:"|?*/\\')
 _ALIASES = frozenset({"file", "filename", "filepath", "slide", "slide_path", "image", "image_path", "wsi"})
 
 
@@ -93,28 +90,6 @@ def raise_faults(path: Path, faults: Iterable[tuple[int, str]]) -> None:
     ordered = sorted(faults, key=lambda item: item[0])
     if ordered:
         raise ManifestError(path, [f"line {line}, {text}" if line else text for line, text in ordered])
-
-
-def check_slide_id(text: str) -> str | None:
-    """What forbids a slide id to name a folder on any file system or in Zarr; None if nothing does."""
-    if not text:
-        return "is empty"
-    if text in (".", "..", "zarr.json") or text.casefold() == "zarr.json":
-        return f"{text!r} is a reserved name"
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_ID_BYTES:
-        return f"is longer than {MAX_ID_BYTES} bytes"
-    if text.startswith((".", "__")) or text != text.strip() or text.endswith("."):
-        return "starts with a dot, a space or '__', or ends with a dot or a space"
-    if bad := sorted({character for character in text if character in _NOT_IN_NAMES}):
-        return f"contains {' '.join(bad)}, which cannot be in a folder's name"
-    if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text):
-        return "contains a control character or an invisible one"
-    return None
-
-
-def same_name(text: str) -> str:
-    """A key that is equal for ids which some file system would take for the same name."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
 def fault(column: str, value: str, problem: str, advice: str) -> str:

@@ -3,7 +3,6 @@
 What is a slide is for the caller's `detect` to say; here is what a folder looks like: companions, copies, links, ids.
 """
 
-import contextlib
 import csv
 import io
 import os
@@ -14,17 +13,16 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from wsi_idc.errors import UsageError
+from wsi_idc.files import write_whole
 from wsi_idc.manifest import (
     COLUMNS,
-    MAX_ID_BYTES,
     SPLITS,
     Row,
-    check_slide_id,
     fault,
     raise_faults,
     read_table,
-    same_name,
 )
+from wsi_idc.names import MAX_ID_BYTES, check_slide_id, same_name
 
 Kind = Literal["slide", "folder-slide", "patches"]
 Detect = Callable[[Path], Kind | None]
@@ -149,13 +147,9 @@ def write_manifest(target: str | os.PathLike[str] | TextIO, rows: Sequence[Row])
         target.write(_to_csv(rows, None))
         return
     path = Path(target)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_text(_to_csv(rows, path.absolute().parent), encoding="utf-8", newline="")
-        beside.replace(path)
+        write_whole(path, _to_csv(rows, path.absolute().parent).encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         raise UsageError(
             path, f"cannot be written ({error.strerror})", "name a file in a folder you can write"
         ) from error

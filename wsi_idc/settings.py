@@ -4,14 +4,13 @@ Each field says which it is: `content` enters the settings hash, so that another
 `runtime` does not. A test fails for a field that says neither.
 """
 
-import hashlib
-import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from wsi_idc.digests import digest
 from wsi_idc.errors import UsageError
-from wsi_idc.manifest import MPP_RANGE
+from wsi_idc.units import MPP_RANGE
 
 TissueMethod = Literal["default", "otsu", "morphological", "none"]
 LastTile = Literal["keep", "drop"]
@@ -38,12 +37,6 @@ class Settings(BaseModel):
     def content_hash(self) -> str:
         """Sixteen hex digits that differ where a result could differ."""
         return digest(self.content())
-
-
-def digest(value: object) -> str:
-    """Sixteen hex digits of a value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 class TileSpec(Settings):

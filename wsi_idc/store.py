@@ -12,7 +12,6 @@ kept in the record `failed`, for `status`; it hides an older result, and the nex
 `docs/architecture.md` has the arrays with dtypes and shapes.
 """
 
-import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,13 +45,6 @@ def tiles_per_chunk(size_px: int) -> int:
 def tiles_per_shard(size_px: int) -> int:
     """Tiles in one file of the store; blocks of work are whole multiples of it."""
     return tiles_per_chunk(size_px) * CHUNKS_PER_SHARD
-
-
-def checksum(array: NDArray[Any]) -> str:
-    """Sixteen hex digits of an array's bytes in C order, with its dtype and shape."""
-    sha = hashlib.blake2b(f"{array.dtype.str}{array.shape}".encode(), digest_size=8)
-    sha.update(np.ascontiguousarray(array).data)
-    return sha.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wsi_idc import USE
 from wsi_idc.evaluate.metrics import evaluate
-from wsi_idc.evaluate.plots import COLOURS, RESEARCH_USE, draw_all, interval, render
+from wsi_idc.evaluate.plots import COLOURS, draw_all, interval, render
 from wsi_idc.evaluate.predictions import predictions
 
 NOTE = "These patients were trained on."
@@ -29,9 +30,9 @@ def test_each_plot_says_research_use_and_the_notes(two_models):
     plots = draw_all(two_models, [NOTE])
     assert set(plots) == {"roc", "precision_recall", "reliability", "per_patient"}
     for figure in plots.values():
-        assert f"{RESEARCH_USE}\n{NOTE}" in words(figure)
+        assert f"{USE}\n{NOTE}" in words(figure)
         svg = render(figure, "svg").decode()
-        assert RESEARCH_USE in svg
+        assert USE in svg
         assert NOTE in svg
 
 
@@ -97,7 +98,7 @@ def test_nothing_drawn_lies_outside_the_picture(two_models):
     long = ["A note that goes on and on about what was trained on what, and by whom, and why that matters. " * 4]
     for figure in draw_all(two_models, long).values():
         width, height = figure.get_size_inches() * figure.dpi
-        footer = next(text for text in figure.texts if RESEARCH_USE in text.get_text()).get_window_extent()
+        footer = next(text for text in figure.texts if USE in text.get_text()).get_window_extent()
         assert footer.x0 >= 0
         assert footer.y0 >= 0
         assert footer.x1 <= width

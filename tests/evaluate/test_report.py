@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from wsi_idc import USE
 from wsi_idc.errors import UsageError
 from wsi_idc.evaluate import report
 from wsi_idc.evaluate.metrics import FIGURES, evaluate
-from wsi_idc.evaluate.plots import RESEARCH_USE
 from wsi_idc.evaluate.predictions import predictions
 from wsi_idc.evaluate.report import as_json, difference_rows, summary_rows, write_report
 
@@ -56,7 +56,7 @@ def test_every_table_row_says_research_use_and_the_note(folder):
         assert table
         for row in table:
             assert list(row)[-1] == "note"
-            assert row["note"].startswith(f"{RESEARCH_USE} {NOTE}")
+            assert row["note"].startswith(f"{USE} {NOTE}")
 
 
 def test_metrics_csv_holds_every_figure_exactly(folder, results):
@@ -88,7 +88,7 @@ def test_json_is_strict_and_agrees(folder, results):
         raise AssertionError(word)
 
     content = json.loads((folder / "metrics.json").read_text(), parse_constant=refuse)
-    assert content["research_use_only"] == RESEARCH_USE
+    assert content["research_use_only"] == USE
     assert content["notes"][0] == NOTE
     assert content["context"] == {"store": "/data/tiles.zarr", "split": "test", "nothing": None, "n": 3}
     assert content["interval"]["resamples"] == 30
@@ -136,7 +136,7 @@ def test_the_page_says_its_notes_before_its_figures_and_escapes_them(folder):
     page = read(folder / "report.html")
     text = " ".join("".join(page.text).split())
     assert "b" not in page.tags
-    assert text.index(RESEARCH_USE) < text.index(NOTE) < text.index("ROC AUC")
+    assert text.index(USE) < text.index(NOTE) < text.index("ROC AUC")
 
 
 def test_the_page_escapes_names(tmp_path):

@@ -7,10 +7,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_idc.digests import file_digest
 from wsi_idc.errors import UsageError
 from wsi_idc.evaluate.held_out import HeldOut
 from wsi_idc.evaluate.predictions import Predictions, predictions
-from wsi_idc.model.bundle import LoadedBundle, file_digest
+from wsi_idc.model.bundle import LoadedBundle
 from wsi_idc.store import Store, StoredSlide
 
 ALONE = ", tiles alone"

@@ -8,8 +8,9 @@ from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
+from wsi_idc import USE
 from wsi_idc.evaluate.metrics import FIGURES, Difference, Evaluation, Results
-from wsi_idc.evaluate.plots import RESEARCH_USE, interval
+from wsi_idc.evaluate.plots import interval
 
 SHOWN_ROWS = 500
 """Rows of patients or slides that the page shows for one model; the CSV files hold all of them."""
@@ -45,7 +46,7 @@ def html_page(
     first = results.evaluations[0].predictions
     names = ", ".join(e.predictions.model for e in results.evaluations)
     return template.render(
-        research_use=RESEARCH_USE,
+        research_use=USE,
         notes=[*notes, *results.notes()],
         tiles=len(first),
         positive=int(first.truth.sum()),

@@ -16,10 +16,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from wsi_idc import USE
 from wsi_idc.evaluate.bootstrap import CALIBRATION_BINS, calibration_bin
 from wsi_idc.evaluate.metrics import FIGURES, Evaluation, Figure, Results
-
-RESEARCH_USE = "Research use only, not for diagnosis."
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)))
@@ -32,7 +31,7 @@ _UNDEFINED = "undefined:\none class only"
 
 def draw_all(results: Results, notes: Sequence[str] = ()) -> dict[str, Canvas]:
     """Every plot by its file name without suffix; the notes stand in each footer after the research-use line."""
-    footer = [RESEARCH_USE, *notes]
+    footer = [USE, *notes]
     drawers: dict[str, Callable[[Results, Sequence[str]], Canvas]] = {
         "roc": draw_roc,
         "precision_recall": draw_precision_recall,

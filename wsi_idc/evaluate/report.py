@@ -9,19 +9,19 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import wsi_idc
+from wsi_idc import USE, __version__
 from wsi_idc.errors import UsageError
 from wsi_idc.evaluate.bootstrap import CALIBRATION_BINS
 from wsi_idc.evaluate.metrics import FIGURES, RESAMPLES, Evaluation, GroupRow, Results, evaluate
 from wsi_idc.evaluate.page import html_page, plain, share
-from wsi_idc.evaluate.plots import RESEARCH_USE, draw_all, interval, render
+from wsi_idc.evaluate.plots import draw_all, interval, render
 from wsi_idc.evaluate.predictions import Predictions
+from wsi_idc.files import write_whole
 
 
 def write_report(
@@ -62,7 +62,7 @@ def write_report(
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            _put(out_dir / name, content)
+            write_whole(out_dir / name, content)
     except OSError as error:
         where, why = error.filename or out_dir, error.strerror or str(error)
         raise UsageError(where, f"cannot be written: {why}", "free space or choose another --out") from error
@@ -101,8 +101,8 @@ def as_json(results: Results, notes: Sequence[str] = (), context: Mapping[str, A
     whole: dict[str, Any] = plain(
         {
             "format": "wsi-idc-evaluation/1",
-            "version": wsi_idc.__version__,
-            "research_use_only": RESEARCH_USE,
+            "version": __version__,
+            "research_use_only": USE,
             "notes": [*notes, *results.notes()],
             "context": dict(context or {}),
             "interval": {
@@ -141,7 +141,7 @@ def _model_json(evaluation: Evaluation) -> dict[str, Any]:
 
 def _tables(results: Results, notes: Sequence[str]) -> dict[str, str]:
     """Each CSV file's text; `note` is the last column of every row."""
-    said = " ".join([RESEARCH_USE, *notes])
+    said = " ".join([*notes])
     tables: dict[str, list[dict[str, Any]]] = {"metrics": [], "per_slide": [], "per_patient": [], "confusion": []}
     for evaluation in results.evaluations:
         data = evaluation.predictions
@@ -180,16 +180,3 @@ def _csv(heads: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
     for row in rows:
         writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
     return stream.getvalue()
-
-
-def _put(path: Path, content: bytes) -> None:
-    """Write beside the place, then rename; nothing is left of a write that failed."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ bundle/
   model.safetensors    weights, for torch: on CUDA, and for float32 where there is no model.onnx; optional
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,9 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from wsi_idc.errors import ModelError
-from wsi_idc.manifest import MPP_RANGE, check_slide_id
 from wsi_idc.model.config import Context
+from wsi_idc.names import check_slide_id
 from wsi_idc.settings import Precision, TileSpec
+from wsi_idc.units import MPP_RANGE
 
 SHIPPED = Path(__file__).parent.parent / "models" / "idc-resnet50"
 """The bundle that comes with the package."""
@@ -165,9 +165,3 @@ def read_bundle(folder: Path) -> LoadedBundle:
         problem = f"{name}: missing" if missing else f"{name}: {message[0].lower()}{message[1:]}"
         raise ModelError(file, problem, f"found {len(error.errors())} such fault(s)") from error
     return LoadedBundle(folder, fields)
-
-
-def file_digest(path: Path) -> str:
-    """Sixteen hex digits of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=8)).hexdigest()

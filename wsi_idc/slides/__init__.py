@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc.errors import RegionError, ResolutionError, SlideError, WsiIdcError
-from wsi_idc.manifest import MPP_RANGE
 from wsi_idc.slides.backends import (
     Backend,
     Description,
@@ -25,6 +24,7 @@ from wsi_idc.slides.backends import (
     open_picture,
 )
 from wsi_idc.slides.patches import PatchFolder, is_patch_folder
+from wsi_idc.units import MPP_RANGE
 
 __all__ = ["Description", "Level", "Slide", "detect", "open_slide"]
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from wsi_idc.digests import checksum, digest
 from wsi_idc.errors import StoreError, UsageError
-from wsi_idc.settings import TileSpec, digest
-from wsi_idc.store import Store, StoredSlide, checksum, tiles_per_shard
+from wsi_idc.settings import TileSpec
+from wsi_idc.store import Store, StoredSlide, tiles_per_shard
 
 Say = Callable[[str], None]
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_idc import USE
 from wsi_idc.errors import WsiIdcError
 from wsi_idc.evaluate.metrics import FIGURES, Evaluation, evaluate_one
 from wsi_idc.evaluate.predictions import predictions
@@ -31,7 +32,7 @@ FLOAT32_TOLERANCE = 1e-4
 INT8_AUC_LOSS = 0.002
 CALIBRATION_TILES = 512
 LIMITS = (
-    "Research use only; not for diagnosis.",
+    USE,
     "Trained on tiles of the size and um/px stated; slides must be tiled the same way.",
     "The figures of the validation patients flatter: they chose the epoch, the temperatures and the thresholds. Judge "
     "the model on patients that are in no list of it.",

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from wsi_idc.digests import digest
 from wsi_idc.errors import UsageError
-from wsi_idc.manifest import check_slide_id
 from wsi_idc.model.bundle import LoadedBundle, read_bundle
 from wsi_idc.model.network import TileNetwork, build_network, load_weights
-from wsi_idc.settings import TileSpec, digest
+from wsi_idc.names import check_slide_id
+from wsi_idc.settings import TileSpec
 from wsi_idc.store import open_store
 from wsi_idc.train.data import LabelledTiles, Say, labelled_tiles, read_pixels
 from wsi_idc.train.fit import fit

@@ -2,8 +2,8 @@
 
 import os
 
-from wsi_idc import fingerprint as module
-from wsi_idc.fingerprint import fingerprint
+from wsi_idc import digests as module
+from wsi_idc.digests import fingerprint
 
 
 def test_a_touched_timestamp_is_no_change(tmp_path):

@@ -1,0 +1,100 @@
+"""`wsi-idc extract`: from slides to tiles."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from wsi_idc.cli.options import (
+    DEFAULT_STORE,
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    OnlyOption,
+    QuietOption,
+    StoreOption,
+    ThreadsOption,
+    VerboseOption,
+    WorkersOption,
+    console_for,
+    finish,
+)
+from wsi_idc.errors import UsageError
+
+if TYPE_CHECKING:
+    from wsi_idc.manifest import Row
+
+
+def extract(
+    manifest: Annotated[Path, typer.Argument(help="CSV with a column path; see the README for the others.")],
+    store: StoreOption = DEFAULT_STORE,
+    tile_size: Annotated[int | None, typer.Option(help="Tile side in pixels. [default: 50]")] = None,
+    mpp: Annotated[float | None, typer.Option(help="Tile resolution in um/px. [default: 4.0]")] = None,
+    stride: Annotated[int | None, typer.Option(help="Pixels from tile to tile. [default: the tile size]")] = None,
+    last: Annotated[
+        str | None, typer.Option(help="Tiles over the slide's edge: keep, or drop. [default: keep]", metavar="RULE")
+    ] = None,
+    tissue: Annotated[
+        str | None,
+        typer.Option(help="Tissue mask: default, otsu, morphological or none. [default: default]", metavar="METHOD"),
+    ] = None,
+    min_tissue: Annotated[
+        float | None, typer.Option(help="Least part of a tile that is tissue. [default: 0.05]")
+    ] = None,
+    annotation_class: Annotated[
+        str | None, typer.Option(help="The annotations' class that is positive. [default: IDC]")
+    ] = None,
+    no_pixels: Annotated[
+        bool, typer.Option("--no-pixels", help="Store where the tiles are, not their pixels.")
+    ] = False,
+    workers: WorkersOption = 0,
+    threads: ThreadsOption = None,
+    only: OnlyOption = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    json_lines: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Cut the tissue of a manifest's slides into tiles."""
+    console = console_for(json_lines=json_lines, quiet=quiet, verbose=verbose)
+    from wsi_idc.manifest import read_manifest
+    from wsi_idc.settings import ExtractSettings, TileSpec, build
+
+    spec = build(TileSpec, size_px=tile_size, mpp=mpp, stride_px=stride, last=last)
+    settings = build(
+        ExtractSettings,
+        tile=spec,
+        tissue=tissue,
+        min_tissue=min_tissue,
+        annotation_class=annotation_class,
+        pixels=not no_pixels,
+        workers=workers,
+        threads=threads,
+    )
+    rows = _limit(read_manifest(manifest), only)
+    from wsi_idc import extract as stage
+
+    if dry_run:
+        from wsi_idc.store import open_store
+
+        existing = open_store(store) if store.exists() else None
+        planned = stage.plan_slides(rows, existing, settings, force=force)
+        console.plans({slide.row.slide_id: slide.plan for slide in planned})
+        return
+    with console.progress("extract") as listener:
+        summary = stage.extract(rows, store, settings, force=force, listener=listener)
+    finish(console, "extract", summary)
+
+
+def _limit(rows: "list[Row]", only: list[str] | None) -> "list[Row]":
+    """The rows asked for by `--only`."""
+    import difflib
+
+    known = [row.slide_id for row in rows]
+    for name in only or []:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else ""
+            raise UsageError(f"--only {name}", "no such slide_id in the manifest", hint)
+    return [row for row in rows if not only or row.slide_id in only]

@@ -1,0 +1,68 @@
+"""`wsi-idc infer`: from tiles to maps."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wsi_idc.cli.options import (
+    DEFAULT_STORE,
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    OnlyOption,
+    QuietOption,
+    StoreOption,
+    ThreadsOption,
+    VerboseOption,
+    WorkersOption,
+    console_for,
+    finish,
+)
+from wsi_idc.errors import UsageError
+
+
+def infer(
+    store: StoreOption = DEFAULT_STORE,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="WSI_IDC_MODEL", help="A model bundle's folder. [default: the one that ships]", metavar="BUNDLE"
+        ),
+    ] = None,
+    workers: WorkersOption = 0,
+    threads: ThreadsOption = None,
+    gpus: Annotated[int, typer.Option(help="GPUs to use, one process each; 0: the CPU.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="Tiles scored together. [default: 64]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="auto (int8 where the bundle has it), float32 or int8.", metavar="PRECISION")
+    ] = None,
+    only: OnlyOption = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    json_lines: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Score the tiles of a store, and write one probability map a slide."""
+    console = console_for(json_lines=json_lines, quiet=quiet, verbose=verbose)
+    from wsi_idc.settings import InferSettings, build
+
+    settings = build(
+        InferSettings, batch_size=batch_size, workers=workers, threads=threads, gpus=gpus, precision=precision
+    )
+    if settings.gpus and settings.workers:
+        raise UsageError("--gpus", "cannot go with --workers", "leave one of them out")
+    from wsi_idc import infer as stage
+    from wsi_idc.model.bundle import SHIPPED, read_bundle
+
+    bundle = read_bundle(model or SHIPPED)
+    if dry_run:
+        from wsi_idc.store import open_store
+
+        choice = stage.choose_model(bundle, settings)
+        console.plans(stage.plan_maps(open_store(store), bundle, choice, only=only or [], force=force))
+        return
+    with console.progress("infer") as listener:
+        summary = stage.infer(store, bundle, settings, only=only or [], force=force, listener=listener)
+    finish(console, "infer", summary)

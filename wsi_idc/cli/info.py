@@ -1,0 +1,35 @@
+"""`wsi-idc info`: what one slide is."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wsi_idc.cli.options import JsonOption, console_for
+
+
+def info(
+    slide: Annotated[Path, typer.Argument(help="A slide: a file, or a DICOM, OME-NGFF or patch folder.")],
+    mpp: Annotated[float | None, typer.Option(help="um/px to use whatever the file says.")] = None,
+    tissue: Annotated[
+        str | None,
+        typer.Option(help="Tissue mask: default, otsu, morphological or none. [default: default]", metavar="METHOD"),
+    ] = None,
+    min_tissue: Annotated[
+        float | None, typer.Option(help="Least part of a tile that is tissue. [default: 0.05]")
+    ] = None,
+    preview: Annotated[
+        Path | None, typer.Option(help="Draw mask and kept tiles on the thumbnail.", metavar="OUT.png")
+    ] = None,
+    json_lines: JsonOption = False,
+) -> None:
+    """Say what a slide is: format, size, levels, um/px, tissue tiles."""
+    console = console_for(json_lines=json_lines)
+    from wsi_idc.info import describe_slide, info_lines
+    from wsi_idc.settings import ExtractSettings, build
+
+    settings = build(ExtractSettings, tissue=tissue, min_tissue=min_tissue)
+    fields = describe_slide(slide, mpp, settings, preview)
+    console.record("info", **fields)
+    for line in info_lines(fields):
+        console.line(line)

@@ -1,0 +1,37 @@
+"""`wsi-idc manifest`: a folder of slides to a CSV."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wsi_idc.cli.options import console_for
+from wsi_idc.errors import UsageError
+
+
+def make_manifest(
+    folder: Annotated[Path, typer.Argument(help="A folder of slides, or the IDC data set's folder.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The CSV to write; else it is printed.", metavar="FILE")
+    ] = None,
+    split_file: Annotated[
+        Path | None, typer.Option(help="CSV of patient_id (or slide_id) and split.", metavar="FILE")
+    ] = None,
+    mpp: Annotated[float | None, typer.Option(help="um/px of slides that have none of their own.")] = None,
+) -> None:
+    """Write a manifest of every slide in a folder."""
+    console = console_for(json_lines=False)
+    from dataclasses import replace
+
+    from wsi_idc.scan import read_split_file, scan, write_manifest
+    from wsi_idc.slides import detect
+
+    found = scan(folder, detect, read_split_file(split_file) if split_file else None)
+    rows = found.rows if mpp is None else [replace(row, mpp=mpp) for row in found.rows]
+    if not rows:
+        raise UsageError(folder, "no slide found in it", "see the formats in the README")
+    write_manifest(output or sys.stdout, rows)
+    for line in found.left_out.lines():
+        console.trouble(line)
+    console.trouble(f"{len(rows)} slide{'s' if len(rows) != 1 else ''}{f' in {output}' if output else ''}")

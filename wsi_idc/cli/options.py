@@ -1,0 +1,53 @@
+"""Options that several commands take, once, and what a command begins and ends with."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from wsi_idc.console import Console
+
+if TYPE_CHECKING:
+    from wsi_idc.cluster import Summary
+
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="WSI_IDC_STORE", help="The tile store, a folder.", metavar="STORE")
+]
+OnlyOption = Annotated[
+    list[str] | None, typer.Option("--only", metavar="ID", help="Limit to this slide; may be repeated.")
+]
+WorkersOption = Annotated[
+    int, typer.Option("--workers", help="Local worker processes; 0: all in this process, by threads.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", help="CPU threads of each task. [default: the cores, shared evenly]")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Do again what is up to date.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print only what went wrong.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Also say what was skipped, and why.")]
+
+DEFAULT_STORE = Path("tiles.zarr")
+
+
+def console_for(*, json_lines: bool, quiet: bool = False, verbose: bool = False) -> Console:
+    """The console of the command that runs; `main` tells errors there."""
+    global _current
+    _current = Console(json_lines=json_lines, verbosity=verbose - quiet)
+    return _current
+
+
+def current_console() -> Console:
+    """Where the command that runs tells things."""
+    return _current
+
+
+_current = Console()
+
+
+def finish(console: Console, command: str, summary: "Summary") -> None:
+    """The closing table and the exit code."""
+    console.summary(command, summary)
+    if summary.failures:
+        raise typer.Exit(1)
