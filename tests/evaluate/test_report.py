@@ -205,7 +205,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_no_part(results, tmp_path, mo
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UsageError, match="cannot be written: No space left on device"):
         write_report(tmp_path / "out", results)
     assert list((tmp_path / "out").iterdir()) == []

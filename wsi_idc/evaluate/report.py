@@ -141,7 +141,7 @@ def _model_json(evaluation: Evaluation) -> dict[str, Any]:
 
 def _tables(results: Results, notes: Sequence[str]) -> dict[str, str]:
     """Each CSV file's text; `note` is the last column of every row."""
-    said = " ".join([*notes])
+    said = " ".join([USE, *notes])
     tables: dict[str, list[dict[str, Any]]] = {"metrics": [], "per_slide": [], "per_patient": [], "confusion": []}
     for evaluation in results.evaluations:
         data = evaluation.predictions
