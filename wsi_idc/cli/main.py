@@ -34,17 +34,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-for name, command in {
-    "extract": extract,
-    "infer": infer,
-    "train": train,
-    "evaluate": evaluate,
-    "status": status,
-    "manifest": make_manifest,
-    "info": info,
-    "demo": demo,
-}.items():
-    app.command(name)(command)
+app.command("extract")(extract)
+app.command("infer")(infer)
+app.command("train")(train)
+app.command("evaluate")(evaluate)
+app.command("status")(status)
+app.command("manifest")(make_manifest)
+app.command("info")(info)
+app.command("demo")(demo)
 
 
 def _version(value: bool) -> None:
