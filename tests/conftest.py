@@ -152,6 +152,11 @@ def bundle(tmp_path: Path) -> Path:
     return write_bundle(tmp_path / "bundle")
 
 
+def pixels_of(slide) -> np.ndarray:
+    """All tiles of a stored slide: uint8 (n, size, size, 3)."""
+    return np.concatenate(list(slide.read_tiles()))
+
+
 class Recorder:
     """A listener that remembers; also stands for its factory."""
 
@@ -209,5 +214,6 @@ def make():
         tissue_slide = staticmethod(tissue_slide)
         damage = staticmethod(damage)
         write_bundle = staticmethod(write_bundle)
+        pixels_of = staticmethod(pixels_of)
 
     return Makers

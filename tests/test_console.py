@@ -6,8 +6,8 @@ import re
 import subprocess
 import sys
 
-from wsi_idc.cluster import Outcome
 from wsi_idc.console import Console, SlideListener
+from wsi_idc.work.jobs import Outcome
 
 
 def on_a_terminal(arguments, cwd):

@@ -25,7 +25,7 @@ def test_the_demo_makes_slides_scores_them_and_draws_their_maps(tmp_path, capsys
             assert picture.size[0] > 1000
             assert np.asarray(picture.convert("RGB")).std() > 20
     slide = store.slide("demo-annotated")
-    probability = np.asarray(store.map_node(SHIPPED.name, "demo-annotated").array("probability")[...])
+    probability = store.map(SHIPPED.name, "demo-annotated").read("probability")
     assert roc_auc_score(slide.idc > 0.5, probability) > 0.9
     assert len(list(tmp_path.glob("demo-*.tif"))) == 3
 
@@ -33,8 +33,8 @@ def test_the_demo_makes_slides_scores_them_and_draws_their_maps(tmp_path, capsys
 def test_the_demos_pen_is_not_kept_as_tissue(tmp_path):
     run_demo(tmp_path, Console(verbosity=-1))
     slide = open_store(tmp_path / "tiles.zarr").slide("demo-pen")
-    thumbnail = np.asarray(slide.node.array("thumbnail")[...]).astype(int)
-    mask = np.asarray(slide.node.array("tissue_mask")[...])
+    thumbnail = slide.thumbnail.astype(int)
+    mask = slide.tissue_mask
     blue = (thumbnail[..., 2] > thumbnail[..., 0] + 60) & (thumbnail[..., 0] < 90)
     assert blue.sum() > 500
     assert mask[blue].mean() < 0.02

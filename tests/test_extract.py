@@ -7,12 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
-from wsi_idc.errors import StoreBusyError
+from wsi_idc.errors import StoreBusyError, StoreError
 from wsi_idc.extract import extract, plan_slides
 from wsi_idc.manifest import read_manifest
-from wsi_idc.settings import ExtractSettings, TileSpec
+from wsi_idc.settings import CutSettings, ExtractSettings, TileSpec
 from wsi_idc.slides import open_slide
-from wsi_idc.store import open_store
+from wsi_idc.store import hold_store, open_store
+from wsi_idc.work.cut import CutJob
+from wsi_idc.work.jobs import Capacity, Work
 
 
 def run(manifest, recorder, settings=None, **options):
@@ -29,11 +31,11 @@ def test_good_slides_are_done_and_the_broken_one_is_named(slides, recorder):
     assert "cannot read" in store.slide_node("broken").record().failed
 
 
-def test_the_stored_tiles_are_the_slides_pixels(slides, recorder):
+def test_the_stored_tiles_are_the_slides_pixels(slides, recorder, make):
     _, store = run(slides, recorder)
     slide = store.slide("a")
     with open_slide(slides.parent / "a.tif") as source:
-        for (x, y), tile in zip(slide.position.tolist(), np.asarray(slide.tiles[:]), strict=True):
+        for (x, y), tile in zip(slide.position.tolist(), make.pixels_of(slide), strict=True):
             assert np.array_equal(tile, source.read(0, x, y, 50, 50))
     assert slide.count == len(slide.cell) == 6 * 4
     assert np.array_equal(slide.position, slide.cell[:, ::-1] * 50)
@@ -48,12 +50,14 @@ def test_what_a_slide_is_stands_in_its_attributes(slides, recorder):
     assert attributes["metadata"] == {"site": "north"}
     assert attributes["size"] == [500, 400] and attributes["mpp"] == [4.0, 4.0]
     assert attributes["complete"]["versions"]["wsi-idc"]
-    assert set(attributes["complete"]["checksums"]) == {"cell", "position", "tissue", "idc", "tiles"}
-    node = store.slide("a").node
-    assert node.array("blur")[...].shape == node.array("pen")[...].shape == (24,)
-    assert np.asarray(node.array("blur")[...]).min() > 0
-    assert node.array("thumbnail").shape == (200, 250, 3)
-    assert node.array("tissue_mask").shape == (200, 250)
+    assert set(attributes["complete"]["checksums"]) == {
+        "cell", "position", "tissue", "idc", "blur", "pen", "thumbnail", "tissue_mask", "tiles"
+    }  # fmt: skip
+    slide = store.slide("a")
+    assert slide.blur.shape == slide.pen.shape == (24,)
+    assert slide.blur.min() > 0
+    assert slide.thumbnail.shape == (200, 250, 3)
+    assert slide.tissue_mask.shape == (200, 250)
 
 
 def test_the_second_run_does_nothing(slides, recorder):
@@ -65,7 +69,8 @@ def test_the_second_run_does_nothing(slides, recorder):
     summary, _ = run(slides, recorder)
     after = {path: path.stat().st_mtime_ns for path in (slides.parent / "tiles.zarr").rglob("*") if path.is_file()}
     assert (summary.done, summary.skipped, recorder.started) == (0, 2, [])
-    assert {path.name for path in before if before[path] != after.get(path)} <= {".wsi-idc.lock"}
+    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert {path.parent.name for path in changed} <= {"lease"}
 
 
 def test_a_failed_slide_is_tried_again_and_mended(slides, recorder, make):
@@ -89,13 +94,13 @@ def test_a_failed_slide_is_tried_again_and_mended(slides, recorder, make):
 def test_changed_settings_are_a_reason_to_do_it_again(slides, recorder, change, reason):
     _, store = run(slides, recorder)
     rows = read_manifest(slides)
-    planned = plan_slides(rows, store, ExtractSettings(**change), force=False)
+    planned = plan_slides(rows, store, ExtractSettings(**change).cut(), force=False)
     assert [slide.plan.reason for slide in planned] == [reason, reason, "failed last time"]
     summary, store = run(slides, recorder, ExtractSettings(**change))
     assert summary.done == 2
-    assert {slide.plan.action for slide in plan_slides(rows[:2], store, ExtractSettings(**change), force=False)} == {
-        "skip"
-    }
+    assert {
+        slide.plan.action for slide in plan_slides(rows[:2], store, ExtractSettings(**change).cut(), force=False)
+    } == {"skip"}
 
 
 def test_a_changed_file_is_a_reason_and_so_is_force(slides, recorder, make):
@@ -132,10 +137,20 @@ def test_without_pixels_everything_else_is_the_same(slides, recorder):
     slide = store.slide("b")
     assert not slide.has_pixels
     assert all(np.array_equal(getattr(slide, name), values) for name, values in with_pixels.items())
-    assert np.isnan(np.asarray(slide.node.array("blur")[...])).all()
+    assert np.isnan(slide.blur).all()
 
 
-def test_processes_write_the_same_store_as_threads(slides, recorder, monkeypatch):
+def tiny_shards(monkeypatch, tiles=2, block=2):
+    """One tile a chunk, a few chunks a shard, a few shards a block: a small slide is then shared as a large one is."""
+    from wsi_idc.store import slide
+    from wsi_idc.work import cut
+
+    monkeypatch.setattr(slide, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(slide, "CHUNKS_PER_SHARD", tiles)
+    monkeypatch.setattr(cut, "SHARDS_PER_BLOCK", block)
+
+
+def test_processes_write_the_same_store_as_threads(slides, recorder):
     _, store = run(slides, recorder)
     before = {name: store.slide(name).attributes["complete"] for name in store.slide_ids()}
     summary, store = run(slides, recorder, ExtractSettings(workers=2), force=True)
@@ -143,28 +158,25 @@ def test_processes_write_the_same_store_as_threads(slides, recorder, monkeypatch
     assert {name: store.slide(name).attributes["complete"] for name in store.slide_ids()} == before
 
 
-def test_a_large_slide_is_shared_between_processes_shard_by_shard(slides, recorder, monkeypatch):
-    """With one tile a shard and two shards a task, the tiles are the same, each in its place."""
-    from wsi_idc import extract as module
-    from wsi_idc import store as store_module
-
-    _, store = run(slides, recorder)
-    tiles = np.asarray(store.slide("b").tiles[:])
-    monkeypatch.setattr(store_module, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(store_module, "CHUNKS_PER_SHARD", 1)
-    monkeypatch.setattr(module, "SHARDS_PER_BLOCK", 2)
-    from wsi_idc.cluster import Workers
-
+@pytest.mark.parametrize("capacity", [Capacity(), Capacity(workers=2), Capacity(workers=7, threads=3)])
+def test_what_is_written_does_not_depend_on_who_shares_the_work(slides, recorder, make, monkeypatch, capacity):
+    """Identity and checksums of a slide of many shards: the same for any workers, threads and order of the blocks."""
+    tiny_shards(monkeypatch)
+    _, store = run(slides, recorder, ExtractSettings(threads=1))
+    before = store.slide("b")
+    pixels, complete = make.pixels_of(before), before.attributes["complete"]
+    assert len(complete["checksums"]["tiles"]) == 24
     row = read_manifest(slides)[1]
-    settings = ExtractSettings(workers=2)
-    (planned,) = plan_slides([row], None, settings, force=False)
-    job = module.ExtractJob(planned, store.path, settings, Workers(processes=2))
-    monkeypatch.setattr(module, "report_tiles", lambda job_id, tiles: None)
-    prepared = job.prepare()
-    assert len(prepared.blocks) == -(-len(tiles) // 2)
-    results = [job.run(block, prepared.info) for block in reversed(prepared.blocks)]
-    job.finish(prepared, results[::-1])
-    assert np.array_equal(np.asarray(open_store(store.path).slide("b").tiles[:]), tiles)
+    with hold_store(store.address) as held:
+        job = CutJob(row, held.address, CutSettings(), None)
+        work = Work(capacity)
+        prepared = job.prepare(work)
+        assert (len(prepared.blocks) == 1) == (capacity.workers == 1)
+        results = [job.run(block, prepared.info, work) for block in reversed(prepared.blocks)]
+        job.finish(prepared, results[::-1], work)
+    after = open_store(store.address).slide("b")
+    assert after.attributes["complete"] == complete
+    assert np.array_equal(make.pixels_of(after), pixels)
 
 
 def test_annotations_label_the_tiles(slides, recorder):
@@ -212,10 +224,10 @@ def test_a_slide_without_tissue_is_done_with_a_warning(slides, recorder, make):
     summary, store = run(slides, recorder)
     assert summary.outcomes["a"].warnings == ("no tissue found",)
     assert store.slide("a").count == 0
-    assert store.slide("a").tiles.shape == (0, 50, 50, 3)
+    assert store.slide("a").node.array("tiles").shape == (0, 50, 50, 3)
 
 
-def test_a_patch_folder_gives_its_patches_and_labels(tmp_path, recorder):
+def test_a_patch_folder_gives_its_patches_and_labels(tmp_path, recorder, make):
     from PIL import Image
 
     folder = tmp_path / "8863" / "1"
@@ -228,25 +240,25 @@ def test_a_patch_folder_gives_its_patches_and_labels(tmp_path, recorder):
     assert summary.outcomes["8863"].warnings == ("1 file left out: not 50 x 50 px",)
     slide = store.slide("8863")
     assert (slide.cell.tolist(), slide.idc.tolist()) == ([[0, 1]], [1.0])
-    assert (np.asarray(slide.tiles[0]) == (9, 8, 7)).all()
+    assert (make.pixels_of(slide)[0] == (9, 8, 7)).all()
     summary, _ = run(manifest, recorder, ExtractSettings(tile=TileSpec(size_px=64)))
     assert "ready-cut" in summary.failures["8863"]
 
 
 def test_the_store_of_another_run_is_left_alone(slides, recorder):
     _, store = run(slides, recorder)
-    with open_store(store.path, read_only=False).lock(), pytest.raises(StoreBusyError):
+    with hold_store(store.address), pytest.raises(StoreBusyError):
         run(slides, recorder, force=True)
 
 
 def test_a_store_that_was_moved_is_still_whole(slides, recorder):
     _, store = run(slides, recorder)
-    shutil.move(store.path, slides.parent / "moved.zarr")
+    shutil.move(store.address, slides.parent / "moved.zarr")
     assert open_store(slides.parent / "moved.zarr").slide("a").count == 24
 
 
 @pytest.mark.parametrize("patient", ["8863", "8865", "8867", "14082"])
-def test_default_settings_keep_the_real_tissue(idc_slide, tmp_path, recorder, patient):
+def test_default_settings_keep_the_real_tissue(idc_slide, tmp_path, recorder, make, patient):
     place = idc_slide(patient)
     manifest = tmp_path / "m.csv"
     manifest.write_text(
@@ -255,13 +267,72 @@ def test_default_settings_keep_the_real_tissue(idc_slide, tmp_path, recorder, pa
     _, store = run(manifest, recorder)
     folder, slide = store.slide(patient), store.slide(f"idc-{patient}")
     truth = {tuple(cell): label for cell, label in zip(folder.cell.tolist(), folder.idc.tolist(), strict=True)}
-    pixels = dict(zip(truth, np.asarray(folder.tiles[:]), strict=True))
+    pixels = dict(zip(truth, make.pixels_of(folder), strict=True))
     kept = [tuple(cell) for cell in slide.cell.tolist()]
     assert all(cell in set(kept) for cell, label in truth.items() if label)
     assert sum(cell in truth for cell in kept) >= 0.98 * len(truth)
     empty = len(slide.grid) - len(truth)
     assert sum(cell not in truth for cell in kept) <= 0.01 * empty
-    for cell, tile, idc in zip(kept, np.asarray(slide.tiles[:]), slide.idc.tolist(), strict=True):
+    for cell, tile, idc in zip(kept, make.pixels_of(slide), slide.idc.tolist(), strict=True):
         if cell in truth:
             assert np.array_equal(tile, pixels[cell])
             assert idc == truth[cell]
+
+
+def test_a_slide_whose_metadata_are_damaged_is_done_again_and_the_others_are_left_alone(slides, recorder):
+    _, store = run(slides, recorder)
+    before = store.slide("a").attributes["complete"]
+    (slides.parent / "tiles.zarr/slides/a/zarr.json").write_text('{"zarr_format": 3, "node_')
+    assert store.slide_ids() == ["b"]
+    summary, store = run(slides, recorder)
+    assert "metadata are damaged" in summary.plans["a"].reason
+    assert (summary.done, summary.plans["b"].action) == (1, "skip")
+    assert store.slide("a").attributes["complete"] == before
+
+
+def test_a_refused_run_changes_nothing_for_the_others(slides, recorder):
+    """Before, the root's grid was rewritten by a run that was then refused, and infer refused every slide."""
+    _, store = run(slides, recorder)
+    before = (slides.parent / "tiles.zarr/zarr.json").read_bytes()
+    with hold_store(store.address), pytest.raises(StoreBusyError):
+        run(slides, recorder, ExtractSettings(tile=TileSpec(size_px=64)))
+    assert (slides.parent / "tiles.zarr/zarr.json").read_bytes() == before
+    assert open_store(store.address).slide("a").spec == TileSpec()
+
+
+def test_a_store_of_the_first_format_is_brought_up_to_date_by_cutting_again(slides, recorder):
+    run(slides, recorder)
+    folder = slides.parent / "tiles.zarr"
+    for file in (folder / "zarr.json", *folder.glob("slides/*/zarr.json")):
+        document = json.loads(file.read_text())
+        attributes = document["attributes"]
+        if "complete" in attributes:
+            del attributes["complete"]["format"]
+        if "format" in attributes and file.parent == folder:
+            attributes["format"] = "wsi-idc-store/1"
+        file.write_text(json.dumps(document))
+    with pytest.raises(StoreError, match="brings it up to date"):
+        open_store(folder)
+    summary, store = run(slides, recorder)
+    assert summary.plans["a"].reason == "made by an older version of the store's format"
+    assert "it is brought up to date" in summary.notes[0]
+    assert store.slide_ids() == ["a", "b"]
+    assert run(slides, recorder)[0].notes == ()
+
+
+def test_the_store_is_a_hierarchy_that_zarr_and_xarray_walk(slides, recorder):
+    import warnings
+
+    import xarray
+    import zarr
+
+    run(slides, recorder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group = zarr.open_group(slides.parent / "tiles.zarr", mode="r")
+        assert "tissue_mask" in str(group.tree())
+        assert {"slides", "maps"} <= set(group.group_keys())
+        assert list(group["maps"].group_keys()) == []
+        slide = xarray.open_zarr(slides.parent / "tiles.zarr", group="slides/a", consolidated=False)
+    assert slide["tiles"].dims == ("tile", "y", "x", "c")
+    assert slide["thumbnail"].dims == ("thumbnail_y", "thumbnail_x", "c")

@@ -13,6 +13,8 @@ from wsi_idc.model.bundle import read_bundle
 from wsi_idc.settings import ExtractSettings, InferSettings, TileSpec
 from wsi_idc.store import open_store
 
+CONTEXT = {"reach_um": 2000.0, "spread": 1.0, "mean": -0.5, "temperature": 0.8, "threshold": 0.6}
+
 
 @pytest.fixture
 def extracted(slides, recorder):
@@ -31,20 +33,20 @@ def score(path, bundle, recorder, settings=None, **options):
 
 
 def probabilities(store, slide_id, model="mean"):
-    return np.asarray(store.map_node(model, slide_id).array("probability")[...])
+    return store.map(model, slide_id).read("probability")
 
 
-def test_each_tile_has_its_probability_at_its_cell(extracted, bundle, recorder):
+def test_each_tile_has_its_probability_at_its_cell(extracted, bundle, recorder, make):
     summary, store = score(extracted(), bundle, recorder)
     assert (summary.done, summary.tiles) == (2, 24 + 48)
-    slide, node = store.slide("a"), store.map_node("mean", "a")
-    expected = np.asarray(slide.tiles[:]).reshape(24, -1).mean(1) / 255
+    slide, found = store.slide("a"), store.map("mean", "a")
+    expected = make.pixels_of(slide).reshape(24, -1).mean(1) / 255
     assert np.allclose(probabilities(store, "a"), expected, atol=1e-5)
-    image = np.asarray(node.array("0")[...])
+    image = found.read("0")
     assert image.shape == slide.grid.shape == (8, 10)
     assert np.array_equal(image[tuple(slide.cell.T)], probabilities(store, "a"))
     assert np.isnan(image).sum() == 80 - 24
-    record = node.record()
+    record = found.record
     assert record.complete["positive"] == int((probabilities(store, "a") >= 0.5).sum())
     assert record.attributes["model"]["name"] == "mean"
     assert "Not for diagnosis" in record.attributes["use"]
@@ -59,7 +61,7 @@ def test_the_map_is_valid_ome_ngff_and_lies_where_the_tiles_are(extracted, bundl
     node = store.map_node("mean", "a")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        validate_zarr_store(str(node.folder))
+        validate_zarr_store(f"{store.address}/{node.path}")
     (image,) = node.record().attributes["ome"]["multiscales"]
     scale, translation = image["datasets"][0]["coordinateTransformations"]
     assert scale == {"type": "scale", "scale": [200.0, 200.0]}
@@ -111,10 +113,102 @@ def test_the_second_run_does_nothing_and_changes_are_reasons(extracted, bundle, 
     extracted()
     summary, _ = score(path, bundle, recorder)
     assert {name: plan.reason for name, plan in summary.plans.items()} == {"a": "tiles changed", "b": "already done"}
-    other = make.write_bundle(bundle.parent / "other", threshold=0.7)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"threshold": 0.7}, "threshold changed"),
+        ({"classes": ["healthy", "tumour"]}, "classes changed"),
+        ({"context": CONTEXT}, "threshold and context changed"),
+    ],
+)
+def test_what_a_bundle_says_of_its_numbers_is_part_of_what_a_map_is_made_from(
+    extracted, bundle, recorder, make, change, reason
+):
+    path = extracted()
+    score(path, bundle, recorder)
+    summary, _ = score(path, make.write_bundle(bundle, **change), recorder)
+    assert summary.plans["a"].reason == reason
+    assert summary.done == 2
+
+
+def test_what_computed_a_map_is_part_of_what_it_is_made_from(extracted, bundle, recorder):
+    """Half precision on a GPU, another engine or another file of the same bundle give other numbers."""
+    from dataclasses import replace
+
+    from wsi_idc.infer import plan_maps
+
+    path, loaded = extracted(), read_bundle(bundle)
+    score(path, bundle, recorder)
+    form = loaded.form("auto")
+    for change in ({"precision": "float16"}, {"engine": "torch"}, {"digest": "0" * 16}):
+        plans = plan_maps(open_store(path), loaded, replace(form, **change)).plans
+        names = {"digest": "model"}
+        assert {plan.reason for plan in plans.values()} == {f"{names.get(*change, *change)} changed"}
+
+
+def test_another_model_of_the_same_name_does_not_replace_maps_unseen(extracted, bundle, recorder, make):
+    path = extracted()
+    _, store = score(path, bundle, recorder)
+    before = probabilities(store, "a")
+    other = make.write_bundle(bundle.parent / "other")
     (other / "model.onnx").write_bytes((other / "model.onnx").read_bytes().replace(b"mean", b"MEAN"))
-    summary, _ = score(path, other, recorder)
-    assert summary.plans["a"].reason == "model changed"
+    with pytest.raises(ModelError, match="maps by another model of the name 'mean'"):
+        score(path, other, recorder)
+    assert np.array_equal(probabilities(open_store(path), "a"), before)
+    summary, _ = score(path, other, recorder, force=True)
+    assert (summary.done, summary.plans["a"].reason) == (2, "model changed")
+    assert score(path, other, recorder)[0].skipped == 2
+
+
+def damage_tiles(path, how):
+    (shard,) = [file for file in (path / "slides/a/tiles/c").rglob("*") if file.is_file()]
+    content = bytearray(shard.read_bytes())
+    if how == "deleted":
+        shard.unlink()
+    elif how == "truncated":
+        shard.write_bytes(content[: len(content) // 2])
+    else:
+        content[{"flipped": len(content) // 3, "index": -9}[how]] ^= 0x10
+        shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["deleted", "truncated", "flipped", "index"])
+def test_damaged_tiles_are_named_and_never_scored_and_the_next_extract_cuts_them_again(
+    extracted, bundle, recorder, how
+):
+    path = extracted()
+    damage_tiles(path, how)
+    summary, store = score(path, bundle, recorder)
+    assert "slides/a/tiles: the store is damaged there" in summary.failures["a"]
+    assert "run wsi-idc extract again" in summary.failures["a"]
+    assert summary.outcomes["b"].status == "done"
+    assert store.slide_ids() == ["b"]
+    assert store.map("mean", "a").record.complete is None
+    extracted()
+    assert recorder.started == ["a"]
+    summary, _ = score(path, bundle, recorder)
+    assert (summary.done, summary.plans["b"].action) == (1, "skip")
+
+
+def test_damaged_cells_are_never_scored(extracted, bundle, recorder):
+    path = extracted()
+    (chunk,) = [file for file in (path / "slides/a/cell/c").rglob("*") if file.is_file()]
+    chunk.unlink()
+    summary, _ = score(path, bundle, recorder)
+    assert "slides/a/cell: the store is damaged there: it is not what was written" in summary.failures["a"]
+
+
+def test_a_map_that_cannot_be_made_leaves_the_old_one(extracted, bundle, make, recorder):
+    """Before, the old map was cleared before the context could fail."""
+    path = extracted()
+    _, store = score(path, bundle, recorder)
+    before = probabilities(store, "a")
+    summary, store = score(path, make.write_bundle(bundle, context={**CONTEXT, "reach_um": 99_000.0}), recorder)
+    assert "reach_um" in summary.failures["a"]
+    assert np.array_equal(probabilities(store, "a"), before)
+    assert store.map("mean", "a").state(store.slide("a")).kind == "failed"
 
 
 def test_extracting_the_same_again_leaves_the_maps_valid(extracted, bundle, recorder, slides):
@@ -153,7 +247,7 @@ def test_a_slide_without_tiles_gets_an_empty_map(extracted, bundle, recorder, ma
     make.write_tiff(slides.parent / "a.tif", np.full((400, 500, 3), 244, np.uint8))
     summary, store = score(extracted(), bundle, recorder)
     assert summary.outcomes["a"].status == "done"
-    assert np.isnan(np.asarray(store.map_node("mean", "a").array("0")[...])).all()
+    assert np.isnan(store.map("mean", "a").read("0")).all()
 
 
 def test_probabilities_that_are_no_numbers_fail_the_slide(extracted, make, recorder, tmp_path, monkeypatch):
@@ -192,13 +286,10 @@ def test_the_published_model_finds_the_published_tumour(idc_slide, published_mod
         assert all(values[cell] == folder[cell] for cell in shared)
 
 
-def test_the_record_survives_as_json(extracted, bundle, recorder):
-    _, store = score(extracted(), bundle, recorder)
-    attributes = json.loads((store.map_node("mean", "a").folder / "zarr.json").read_text())["attributes"]
+def test_the_record_survives_as_json(extracted, bundle, recorder, slides):
+    score(extracted(), bundle, recorder)
+    attributes = json.loads((slides.parent / "tiles.zarr/maps/mean/a/zarr.json").read_text())["attributes"]
     assert set(attributes) == {"ome", "model", "slide_id", "patient_id", "use", "complete"}
-
-
-CONTEXT = {"reach_um": 2000.0, "spread": 1.0, "mean": -0.5, "temperature": 0.8, "threshold": 0.6}
 
 
 def test_neighbours_count_where_the_bundle_says_so(extracted, make, tmp_path, recorder):
@@ -213,19 +304,19 @@ def test_neighbours_count_where_the_bundle_says_so(extracted, make, tmp_path, re
     assert read_bundle(bundle).fields.operating_point == 0.6
     summary, store = score(path, bundle, recorder)
     assert (summary.done, summary.skipped) == (2, 0)
-    slide, node = store.slide("b"), store.map_node("mean", "b")
+    slide, found = store.slide("b"), store.map("mean", "b")
     together = probabilities(store, "b")
-    assert np.array_equal(np.asarray(node.array("alone")[...]), alone)
+    assert np.array_equal(found.read("alone"), alone)
     assert np.array_equal(together, in_context(alone, slide.cell, slide.spec, Context(**CONTEXT)))
     assert not np.allclose(together, alone, atol=1e-3)
-    assert np.array_equal(np.asarray(node.array("0")[...])[tuple(slide.cell.T)], together)
-    record = node.record()
+    assert np.array_equal(found.read("0")[tuple(slide.cell.T)], together)
+    record = found.record
     assert record.attributes["model"]["threshold"] == 0.6
     assert record.complete["positive"] == int((together >= 0.6).sum())
     assert score(path, bundle, recorder)[0].skipped == 2
     summary, store = score(path, plain, recorder)
     assert summary.done == 2
-    assert "alone" not in store.map_node("mean", "b").group
+    assert not store.map("mean", "b").has("alone")
     assert np.array_equal(probabilities(store, "b"), alone)
 
 

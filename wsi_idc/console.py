@@ -1,9 +1,10 @@
 """What people see: progress on a terminal, plain lines under cron, one JSON object a line for programs."""
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ from wsi_idc.errors import ManifestError, WsiIdcError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from wsi_idc.cluster import Listener, Outcome, Summary
     from wsi_idc.plan import Plan
+    from wsi_idc.work.jobs import Listener, Outcome, Summary
 
 
 class Console:
@@ -53,7 +54,7 @@ class Console:
             self.record("error", subject=error.subject, reason=error.reason, exit_code=error.exit_code, **faults)
         self.trouble(f"wsi-idc: {error}")
 
-    def plans(self, plans: "dict[str, Plan]") -> None:
+    def plans(self, plans: "Mapping[str, Plan]") -> None:
         """What would be done (`--dry-run`)."""
         for name, plan in plans.items():
             self.record("plan", slide=name, action=plan.action, reason=plan.reason)
@@ -78,6 +79,8 @@ class Console:
             "seconds": round(summary.seconds, 1),
         }
         self.record("summary", command=command, **fields)
+        for note in summary.notes:
+            self.trouble(note)
         for name, plan in summary.plans.items():
             if plan.action == "skip":
                 self.record("skipped", slide=name, reason=plan.reason)
@@ -148,7 +151,7 @@ def _make_bar() -> "Progress":
 
 
 class SlideListener:
-    """Tells how slides go on; see `cluster.Listener`. Called from Dask's thread and the main one."""
+    """Tells how slides go on; see `jobs.Listener`. Called from Dask's thread and the main one."""
 
     def __init__(self, console: Console, verb: str, slides: int, bar: "Progress | None") -> None:
         self._console, self._slides, self._bar = console, slides, bar
@@ -181,6 +184,8 @@ class SlideListener:
             self._trouble(f"warning {job_id}: {warning}")
         if outcome.status == "failed":
             self._trouble(f"failed {job_id}: {outcome.reason}")
+            if os.environ.get("WSI_IDC_DEBUG"):
+                self._trouble(outcome.detail)
         elif self._bar is None:
             self._console.line(f"done {job_id}: {outcome.tiles:,} tiles ({self._ended} of {self._slides} slides)")
 

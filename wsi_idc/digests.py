@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 _WHOLE = 8 * 2**20
@@ -21,11 +22,14 @@ def digest(value: object) -> str:
 
 def checksum(array: "NDArray[Any]") -> str:
     """Sixteen hex digits of an array's bytes in C order, with its dtype and shape."""
-    import numpy as np
-
-    sha = hashlib.blake2b(f"{array.dtype.str}{array.shape}".encode(), digest_size=8)
-    sha.update(np.ascontiguousarray(array).data)
+    sha = begin_checksum(array.dtype, array.shape)
+    sha.update(array.data if array.flags.c_contiguous else array.tobytes())
     return sha.hexdigest()
+
+
+def begin_checksum(dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> "hashlib.blake2b":
+    """The checksum of an array whose bytes are still to come, in C order."""
+    return hashlib.blake2b(f"{dtype.str}{shape}".encode(), digest_size=8)
 
 
 def file_digest(path: Path) -> str:

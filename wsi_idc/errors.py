@@ -8,7 +8,9 @@
     |-- SlideError              1   one slide fails; the others go on
     |   |-- ResolutionError     1   um/px absent or impossible
     |   |-- RegionError         1   a region of the slide cannot be read
+    |   |-- DamageError         1   what the store holds of a slide is not what was written
     |   `-- AnnotationError     1   the slide's annotation cannot be used
+    |-- StoreWriteError         1   the store's disk is full or takes no writes: the run ends, what was complete is kept
     `-- StoreBusyError          75  another run holds the store (EX_TEMPFAIL of sysexits.h)
 
 An error says which input, what is wrong, and what to do, in one line.
@@ -78,6 +80,10 @@ class StoreBusyError(WsiIdcError):
     exit_code = 75
 
 
+class StoreWriteError(WsiIdcError):
+    """The store's disk is full, or takes no writes."""
+
+
 class SlideError(WsiIdcError):
     """One slide that fails; the others go on."""
 
@@ -88,6 +94,10 @@ class ResolutionError(SlideError):
 
 class RegionError(SlideError):
     """A region of a slide that cannot be read."""
+
+
+class DamageError(SlideError):
+    """What the store holds of a slide is not what was written there."""
 
 
 class AnnotationError(SlideError):

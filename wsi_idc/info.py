@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from wsi_idc.errors import UsageError
-from wsi_idc.extract import find_tissue
 from wsi_idc.grid import Grid
 from wsi_idc.settings import ExtractSettings
 from wsi_idc.slides import open_slide
+from wsi_idc.work.cut import find_tissue
 
 
 def describe_slide(path: Path, mpp: float | None, settings: ExtractSettings, preview: Path | None) -> dict[str, Any]:

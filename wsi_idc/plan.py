@@ -15,24 +15,29 @@ class Plan:
     reason: str
 
 
+def changes(wanted: Mapping[str, Any], made_from: Mapping[str, Any]) -> list[str]:
+    """The names whose values a result was not made from."""
+    return [name for name, value in wanted.items() if name not in made_from or made_from[name] != value]
+
+
 def plan(
-    wanted: Mapping[str, Any], complete: Mapping[str, Any] | None, failed: str | None, *, force: bool = False
+    wanted: Mapping[str, Any], made_from: Mapping[str, Any] | None, trouble: str = "", *, force: bool = False
 ) -> Plan:
     """Run, redo or skip.
 
     Args:
         wanted: what the result would be made from, name -> value: settings, source and so on.
-        complete: the store's record of the result it has, with the same names, or None.
-        failed: why the last attempt failed, or None.
+        made_from: what the result that the store has was made from, with the same names, or None.
+        trouble: why that result cannot be used, or why there is none; empty where nothing hinders.
         force: do it again whatever the store has.
     """
-    if complete is None:
-        return Plan("run", "failed last time" if failed else "new")
-    changed = [name for name, value in wanted.items() if complete.get(name) != value]
+    if made_from is None:
+        return Plan("run", trouble or "new")
+    changed = changes(wanted, made_from)
     if changed:
         return Plan("redo", f"{' and '.join(changed)} changed")
     if force:
         return Plan("redo", "forced")
-    if failed:
-        return Plan("redo", "failed last time")
+    if trouble:
+        return Plan("redo", trouble)
     return Plan("skip", "already done")

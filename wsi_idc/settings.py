@@ -59,16 +59,25 @@ class TileSpec(Settings):
         return f"{self.size_px} px at {self.mpp:g} um/px{stride}"
 
 
-class ExtractSettings(Settings):
-    """Everything that `extract` can be told."""
+class CutSettings(Settings):
+    """What the tiles of a slide depend on."""
 
     tile: Annotated[TileSpec, Field(json_schema_extra=CONTENT)] = TileSpec()
     tissue: Annotated[TissueMethod, Field(json_schema_extra=CONTENT)] = "default"
     min_tissue: Annotated[float, Field(ge=0.0, le=1.0, json_schema_extra=CONTENT)] = 0.05
     annotation_class: Annotated[str, Field(min_length=1, json_schema_extra=CONTENT)] = "IDC"
     pixels: Annotated[bool, Field(json_schema_extra=CONTENT)] = True
+
+
+class ExtractSettings(CutSettings):
+    """Everything that `extract` can be told."""
+
     workers: Annotated[int, Field(ge=0, le=1024, json_schema_extra=RUNTIME)] = 0
     threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=RUNTIME)] = 0
+
+    def cut(self) -> CutSettings:
+        """The part that the tiles depend on."""
+        return CutSettings(**{name: getattr(self, name) for name in CutSettings.model_fields})
 
 
 class InferSettings(Settings):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from wsi_idc.errors import DamageError, StoreError
 from wsi_idc.store import Store, open_store
 
 
@@ -17,7 +18,7 @@ class SlideState:
         extracted: yes, failed, or no.
         tiles: number of tiles, as text; empty where not extracted.
         scored: the models whose map is there and made from these tiles.
-        reason: why it failed; or which maps are of older tiles.
+        reason: why it failed; or which maps failed or are stale, and why.
     """
 
     slide_id: str
@@ -31,29 +32,30 @@ class SlideState:
         return {**asdict(self), "tiles": int(self.tiles) if self.tiles else None}
 
 
-def slide_states(path: Path, names: Sequence[str] | None = None) -> list[SlideState]:
+def slide_states(address: str | Path, names: Sequence[str] | None = None) -> list[SlideState]:
     """The state of the named slides, or of all in the store.
 
     Raises:
         StoreError: there is no such store.
     """
-    store = open_store(path)
+    store = open_store(address)
     models = store.models()
     return [_state(store, name, models) for name in (store.all_slide_ids() if names is None else names)]
 
 
 def _state(store: Store, name: str, models: Sequence[str]) -> SlideState:
     record = store.slide_node(name).record()
-    if not record.usable:
-        return SlideState(name, "failed" if record.failed else "no", "", "", record.failed or "")
-    slide = store.slide(name)
+    try:
+        slide = store.slide(name)
+    except DamageError as error:
+        return SlideState(name, "failed", "", "", error.problem)
+    except StoreError:
+        return SlideState(name, "failed" if record.trouble else "no", "", "", record.failed or record.trouble)
     scored, reasons = [], []
     for model in models:
-        made = store.map_node(model, name).record()
-        if made.failed:
-            reasons.append(f"{model}: {made.failed}")
-        elif made.made_from and made.made_from["tiles"] != slide.identity:
-            reasons.append(f"{model}: its map is of older tiles")
-        elif made.complete:
+        state = store.map(model, name).state(slide)
+        if state.kind == "current":
             scored.append(model)
+        elif state.kind != "none":
+            reasons.append(f"{model}: {state}")
     return SlideState(name, "yes", str(slide.count), ", ".join(scored), "; ".join(reasons))

@@ -73,7 +73,7 @@ def test_what_cannot_be_judged_is_one_line(store, bundle, make, tmp_path, record
         judge(store, read_bundle(make.write_bundle(tmp_path / "other", name="other")))
     changed = make.write_bundle(tmp_path / "changed")
     (changed / "model.onnx").write_bytes((changed / "model.onnx").read_bytes() + b"\0")
-    with pytest.raises(UsageError, match="another version"):
+    with pytest.raises(UsageError, match=r"is stale \(model changed\)"):
         judge(store, read_bundle(changed))
 
 
@@ -132,7 +132,7 @@ def test_the_command_writes_a_report_and_refuses_in_a_line(store, bundle, tmp_pa
     from wsi_idc.cli import app
 
     def run(*arguments):
-        return CliRunner().invoke(app, ["evaluate", "--store", str(store.path), *map(str, arguments)])
+        return CliRunner().invoke(app, ["evaluate", "--store", str(store.address), *map(str, arguments)])
 
     out = tmp_path / "report"
     done = run("--model", bundle, "--out", out)
@@ -150,7 +150,7 @@ def test_the_command_writes_a_report_and_refuses_in_a_line(store, bundle, tmp_pa
 def test_tiles_alone_are_judged_beside_those_with_their_neighbours(store, bundle, make, tmp_path, recorder):
     context = {"reach_um": 2000.0, "spread": 1.0, "threshold": 0.6}
     other = read_bundle(make.write_bundle(tmp_path / "other", name="other", threshold=0.4, context=context))
-    infer(store.path, other, InferSettings(), listener=recorder)
+    infer(store.address, other, InferSettings(), listener=recorder)
     models = gather(store, [other], "test", positive_from=0.5, trained_on=False, alone=True).models
     assert [(model.model, *model.thresholds) for model in models] == [("other", 0.6), ("other, tiles alone", 0.4)]
     (plain,) = judge(store, read_bundle(bundle)).models
@@ -159,5 +159,5 @@ def test_tiles_alone_are_judged_beside_those_with_their_neighbours(store, bundle
     without = json.loads((tmp_path / "other" / "bundle.json").read_text())
     del without["context"]
     (tmp_path / "other" / "bundle.json").write_text(json.dumps(without))
-    with pytest.raises(UsageError, match="another version"):
+    with pytest.raises(UsageError, match=r"is stale \(model changed\)"):
         judge(store, read_bundle(tmp_path / "other"))

@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from wsi_idc.settings import TileSpec
-from wsi_idc.store import Store, create_store
+from wsi_idc.store import Store, hold_store, open_store
+from wsi_idc.store.slide import create_tiles, write_shards
 
 SIZE = 16
 Patients = Mapping[str, str]
@@ -37,29 +38,39 @@ def make_store(tmp_path: Path) -> MakeStore:
         name: str = "tiles.zarr",
     ) -> Store:
         spec = TileSpec(size_px=size, mpp=4.0)
-        store = create_store(tmp_path / name, spec)
-        for number, (patient, split) in enumerate(patients.items()):
-            generator = np.random.default_rng(number)
-            part = np.asarray(labels, np.float32)[np.arange(tiles) % len(labels)]
-            pixels = make_tiles(part >= 0.5, generator, size)
-            part[:unknown] = np.nan
-            node = store.slide_node(f"slide-{patient}")
-            node.begin()
-            node.put("tiles", pixels, ("tile", "y", "x", "c"))
-            node.put("idc", part, ("tile",))
-            cell = np.stack([np.zeros(tiles, np.int32), np.arange(tiles, dtype=np.int32)], 1)
-            node.put("cell", cell, ("tile", "axis"))
-            node.commit(
-                {
-                    "patient_id": patient,
-                    "split": split,
-                    "tile": spec.content(),
-                    "size": [size * tiles, size],
-                    "mpp": [4.0, 4.0],
-                    "complete": {"tiles": tiles, "identity": f"{patient}-{number}"},
+        address = tmp_path / name
+        with hold_store(address, create=True) as store:
+            for number, (patient, split) in enumerate(patients.items()):
+                generator = np.random.default_rng(number)
+                part = np.asarray(labels, np.float32)[np.arange(tiles) % len(labels)]
+                pixels = make_tiles(part >= 0.5, generator, size)
+                part[:unknown] = np.nan
+                node = store.slide_node(f"slide-{patient}")
+                node.begin()
+                create_tiles(node, spec, tiles)
+                cell = np.stack([np.zeros(tiles, np.int32), np.arange(tiles, dtype=np.int32)], 1)
+                checksums = {
+                    "tiles": [checksum for _, checksum in write_shards(node, 0, iter([pixels]))],
+                    "idc": node.put("idc", part, ("tile",)),
+                    "cell": node.put("cell", cell, ("tile", "axis")),
                 }
-            )
-        return store
+                node.commit(
+                    {
+                        "patient_id": patient,
+                        "split": split,
+                        "path": f"{patient}.tif",
+                        "tile": spec.content(),
+                        "size": [size * tiles, size],
+                        "mpp": [4.0, 4.0],
+                        "complete": {
+                            "tiles": tiles,
+                            "identity": f"{patient}-{number}",
+                            "checksums": checksums,
+                            "made_from": {},
+                        },
+                    }
+                )
+        return open_store(address)
 
     return make
 

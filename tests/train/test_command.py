@@ -6,7 +6,7 @@ import json
 def test_train_infer_and_evaluate_fit_together(wsi_idc, make_store, tmp_path):
     splits = {f"p{index}": split for index, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 3)}
     store = make_store(splits, size=32)
-    place = ["--store", store.path]
+    place = ["--store", store.address]
     done = wsi_idc(
         "train", *place, "--out", "m", "--network", "idc-2016", "--epochs", 2, "--batch-size", 16, cwd=tmp_path
     )
@@ -27,7 +27,7 @@ def test_train_infer_and_evaluate_fit_together(wsi_idc, make_store, tmp_path):
 
 def test_a_recipe_is_cross_validated_judged_and_calibrates_the_model_that_comes_after_it(wsi_idc, make_store, tmp_path):
     store = make_store({"p0": "", "p1": "", "p2": "train", "p3": "train", "p4": "val", "p5": "val"}, size=32)
-    place = ["--store", store.path]
+    place = ["--store", store.address]
     quick = [*place, "--network", "idc-2016", "--epochs", 2, "--batch-size", 16]
     for arguments in (["--out", "cv", "--folds", 2], ["--out", "m", "--cross-validation", "cv"]):
         done = wsi_idc("train", *quick, *arguments, cwd=tmp_path)
@@ -45,9 +45,9 @@ def test_a_recipe_is_cross_validated_judged_and_calibrates_the_model_that_comes_
 
 def test_what_cannot_be_trained_is_one_line(wsi_idc, make_store, tmp_path):
     store = make_store({"p0": ""})
-    done = wsi_idc("train", "--store", store.path, "--out", "m", cwd=tmp_path)
+    done = wsi_idc("train", "--store", store.address, "--out", "m", cwd=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "patient" in done.stderr
-    done = wsi_idc("train", "--store", store.path, "--recipe", "magic", cwd=tmp_path)
+    done = wsi_idc("train", "--store", store.address, "--recipe", "magic", cwd=tmp_path)
     assert done.returncode == 2 and "--recipe: 'magic'" in done.stderr
     assert wsi_idc("train", "--store", "none", cwd=tmp_path).returncode == 2

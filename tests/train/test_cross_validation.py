@@ -60,10 +60,10 @@ def test_a_model_is_calibrated_by_the_held_out_patients_too_and_its_card_has_the
     make_store, patients, tmp_path
 ):
     store = make_store(patients)
-    run(store.path, tmp_path / "cv", TrainSettings(folds=2, **QUICK), say=quiet)
-    run(store.path, tmp_path / "plain", TrainSettings(**QUICK), say=quiet)
+    run(store.address, tmp_path / "cv", TrainSettings(folds=2, **QUICK), say=quiet)
+    run(store.address, tmp_path / "plain", TrainSettings(**QUICK), say=quiet)
     settings = TrainSettings(cross_validation=tmp_path / "cv", **QUICK)
-    run(store.path, tmp_path / "model", settings, say=quiet)
+    run(store.address, tmp_path / "model", settings, say=quiet)
     plain, model = (read_bundle(tmp_path / name) for name in ("plain", "model"))
     first, second = (weights(tmp_path / name) for name in ("plain", "model"))
     assert [name for name in first if not torch.equal(first[name], second[name])] == ["temperature"]
@@ -82,16 +82,16 @@ def test_a_model_is_calibrated_by_the_held_out_patients_too_and_its_card_has_the
 
 def test_a_cross_validation_that_does_not_fit_is_refused_before_training(make_store, patients, tmp_path):
     store = make_store(patients)
-    run(store.path, tmp_path / "cv", TrainSettings(folds=2, **QUICK | {"epochs": 1}), say=quiet)
+    run(store.address, tmp_path / "cv", TrainSettings(folds=2, **QUICK | {"epochs": 1}), say=quiet)
     given = {"cross_validation": tmp_path / "cv"}
     same_epochs = QUICK | {"epochs": 1}
     with pytest.raises(UsageError, match=r"cv: was made with other settings \(epochs\)"):
-        run(store.path, tmp_path / "model", TrainSettings(**given, **QUICK), say=quiet)
+        run(store.address, tmp_path / "model", TrainSettings(**given, **QUICK), say=quiet)
     with pytest.raises(UsageError, match="holds no finished cross-validation"):
-        run(store.path, tmp_path / "model", TrainSettings(cross_validation=tmp_path, **same_epochs), say=quiet)
+        run(store.address, tmp_path / "model", TrainSettings(cross_validation=tmp_path, **same_epochs), say=quiet)
     for wrong in ({"folds": 2}, {"split_by": "tile"}):
         with pytest.raises(UsageError, match="--cross-validation: calibrates one model, split by patient"):
-            run(store.path, tmp_path / "model", TrainSettings(**given, **same_epochs, **wrong), say=quiet)
+            run(store.address, tmp_path / "model", TrainSettings(**given, **same_epochs, **wrong), say=quiet)
     other = make_store(patients, tiles=30, name="other.zarr")
     with pytest.raises(UsageError, match="cv: was made on another store"):
         run(other.path, tmp_path / "model", TrainSettings(**given, **same_epochs), say=quiet)

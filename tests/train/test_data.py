@@ -31,7 +31,7 @@ def test_slides_of_two_grids_are_refused(make_store, patients):
     make_store(patients)
     store = make_store({"z": "train"}, size=20)
     with pytest.raises(StoreError, match="different grids"):
-        labelled_tiles(store_module.open_store(store.path))
+        labelled_tiles(store_module.open_store(store.address))
 
 
 def test_labels_and_patients_are_part_of_the_identity(make_store, patients):

@@ -65,7 +65,7 @@ def test_a_bundle_is_whole_and_its_forms_agree(make_store, patients, tmp_path, r
     store = make_store(patients, unknown=2)
     lines: list[str] = []
     settings = TrainSettings(recipe=recipe, **QUICK)
-    result = run(store.path, tmp_path / "bundle", settings, say=lines.append)
+    result = run(store.address, tmp_path / "bundle", settings, say=lines.append)
     bundle = read_bundle(result.bundle)
     training = bundle.fields.training
     assert training["train_patients"] == ["a", "b", "c", "d"]
@@ -94,7 +94,7 @@ def test_a_bundle_is_whole_and_its_forms_agree(make_store, patients, tmp_path, r
 def test_the_seed_decides_everything(make_store, patients, tmp_path):
     store = make_store(patients)
     for name, seed in (("one", 1), ("again", 1), ("two", 2)):
-        run(store.path, tmp_path / name, TrainSettings(seed=seed, **QUICK), say=quiet)
+        run(store.address, tmp_path / name, TrainSettings(seed=seed, **QUICK), say=quiet)
     assert same(tmp_path / "one", tmp_path / "again")
     assert not same(tmp_path / "one", tmp_path / "two")
 
@@ -103,7 +103,7 @@ def test_the_seed_decides_everything(make_store, patients, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_weights(make_store, patients, tmp_path, recipe):
     store = make_store(patients, tiles=200)
     settings = TrainSettings(recipe=recipe, **(QUICK | {"epochs": 6, "patience": 2}))
-    process = start(tmp_path, store.path, tmp_path / "killed", settings)
+    process = start(tmp_path, store.address, tmp_path / "killed", settings)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("epoch 2"):
@@ -114,9 +114,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(make_store, patients, tmp_path
     assert (tmp_path / "killed.training" / "last.ckpt").exists()
     assert not (tmp_path / "killed").exists()
     lines: list[str] = []
-    broken = run(store.path, tmp_path / "killed", settings, resume=True, say=lines.append)
+    broken = run(store.address, tmp_path / "killed", settings, resume=True, say=lines.append)
     assert any(line.startswith("going on after epoch") for line in lines)
-    whole = run(store.path, tmp_path / "whole", settings, say=quiet)
+    whole = run(store.address, tmp_path / "whole", settings, say=quiet)
     assert broken.epochs == whole.epochs
     assert same(tmp_path / "killed", tmp_path / "whole")
     tables = [(tmp_path / name / "history.csv").read_text() for name in ("killed", "whole")]
@@ -132,12 +132,12 @@ def test_a_run_that_was_trained_but_not_written_is_only_finished(make_store, pat
     with monkeypatch.context() as broken:
         broken.setattr("wsi_idc.train.finish.export_onnx", full)
         with pytest.raises(WsiIdcError, match=r"No space left on device\); the training is kept"):
-            run(store.path, tmp_path / "bundle", settings, say=quiet)
+            run(store.address, tmp_path / "bundle", settings, say=quiet)
     assert not (tmp_path / "bundle").exists()
     lines: list[str] = []
-    run(store.path, tmp_path / "bundle", settings, resume=True, say=lines.append)
+    run(store.address, tmp_path / "bundle", settings, resume=True, say=lines.append)
     assert not [line for line in lines if line.startswith("epoch ")]
-    run(store.path, tmp_path / "whole", settings, say=quiet)
+    run(store.address, tmp_path / "whole", settings, say=quiet)
     assert same(tmp_path / "bundle", tmp_path / "whole")
 
 
@@ -169,10 +169,10 @@ def broken_off(make_store, patients, tmp_path, monkeypatch) -> Path:
         handler = signal.getsignal(signal.SIGINT)
         broken.setattr(Lines, "on_train_epoch_start", lambda self, trainer, _: trainer.current_epoch and interrupt())
         with pytest.raises(KeyboardInterrupt):
-            run(store.path, tmp_path / "bundle", TrainSettings(**QUICK), say=quiet)
+            run(store.address, tmp_path / "bundle", TrainSettings(**QUICK), say=quiet)
         assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "bundle").exists()
-    return store.path
+    return store.address
 
 
 def test_an_interrupted_run_goes_on(broken_off, tmp_path):
@@ -220,10 +220,10 @@ def test_a_name_that_cannot_be_a_bundles_is_refused(make_store, patients, tmp_pa
 
 def test_starting_and_learning_from_other_bundles(make_store, patients, tmp_path):
     store = make_store(patients)
-    run(store.path, tmp_path / "first", TrainSettings(**QUICK), say=quiet)
+    run(store.address, tmp_path / "first", TrainSettings(**QUICK), say=quiet)
     later = {**QUICK, "init": tmp_path / "first", "teacher": tmp_path / "first", "epochs": 1, "lr": 1e-9}
     lines: list[str] = []
-    run(store.path, tmp_path / "second", TrainSettings(**later), say=lines.append)
+    run(store.address, tmp_path / "second", TrainSettings(**later), say=lines.append)
     assert any(line.startswith("asking the teacher first") for line in lines)
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert all(torch.allclose(first[name].float(), second[name].float(), atol=1e-3) for name in first if "body" in name)
@@ -238,16 +238,16 @@ def test_a_bundle_of_another_tile_size_is_refused(make_store, patients, tmp_path
 
 def test_a_teacher_that_saw_the_validation_patients_is_refused(make_store, patients, tmp_path):
     store = make_store(patients)
-    run(store.path, tmp_path / "first", TrainSettings(**QUICK), say=quiet)
-    node = open_store(store.path, read_only=False).slide_node("slide-a")
+    run(store.address, tmp_path / "first", TrainSettings(**QUICK), say=quiet)
+    node = open_store(store.address, read_only=False).slide_node("slide-a")
     node.update({"split": "val"})
     with pytest.raises(UsageError, match="was trained on 1 of the patients that validate"):
-        run(store.path, tmp_path / "second", TrainSettings(teacher=tmp_path / "first", **QUICK), say=quiet)
+        run(store.address, tmp_path / "second", TrainSettings(teacher=tmp_path / "first", **QUICK), say=quiet)
 
 
 def test_cross_validation_predicts_every_patient_once_and_goes_on_where_it_was(make_store, patients, tmp_path):
     store, settings = make_store(patients), TrainSettings(folds=2, **QUICK)
-    result = run(store.path, tmp_path / "cv", settings, say=quiet)
+    result = run(store.address, tmp_path / "cv", settings, say=quiet)
     rows = (tmp_path / "cv" / "held-out.csv").read_text().splitlines()[1:]
     assert len(rows) == 4 * 24
     assert {row.split(",")[3] for row in rows} == {"a", "b", "c", "d"}
@@ -258,7 +258,7 @@ def test_cross_validation_predicts_every_patient_once_and_goes_on_where_it_was(m
         training = read_bundle(tmp_path / "cv" / f"fold-{number}").fields.training
         assert not set(training["train_patients"]) & set(training["held_out_patients"])
     lines: list[str] = []
-    again = run(store.path, tmp_path / "cv", settings, say=lines.append)
+    again = run(store.address, tmp_path / "cv", settings, say=lines.append)
     assert lines == ["fold 1: done before", "fold 2: done before"]
     assert again.figures == result.figures
     found = gather(store, [read_held_out(tmp_path / "cv")], "all", positive_from=0.5, trained_on=False)
@@ -267,19 +267,19 @@ def test_cross_validation_predicts_every_patient_once_and_goes_on_where_it_was(m
         {name: value for name, (value, _, _) in result.figures.items()}
     )
     after = TrainSettings(folds=2, init=tmp_path / "cv", **QUICK | {"epochs": 1, "lr": 1e-9})
-    run(store.path, tmp_path / "cv2", after, say=quiet)
+    run(store.address, tmp_path / "cv2", after, say=quiet)
     for number in (1, 2):
         first, second = (load_file(tmp_path / name / f"fold-{number}" / "model.safetensors") for name in ("cv", "cv2"))
         assert all(torch.allclose(first[key], second[key], atol=1e-3) for key in first if "weight" in key)
     parted = TrainSettings(folds=4, init=tmp_path / "cv", **QUICK | {"epochs": 1})
-    run(store.path, tmp_path / "cv4", parted, say=quiet)
+    run(store.address, tmp_path / "cv4", parted, say=quiet)
     held_out = [read_bundle(tmp_path / "cv4" / f"fold-{n}").fields.training["held_out_patients"] for n in range(1, 5)]
     first = read_bundle(tmp_path / "cv" / "fold-1").fields.training["held_out_patients"]
     assert sorted(held_out[0] + held_out[1]) == first
     with pytest.raises(UsageError, match="without a fold that held out the patients who are held out now"):
-        run(store.path, tmp_path / "cv3", TrainSettings(init=tmp_path / "cv", **QUICK), say=quiet)
+        run(store.address, tmp_path / "cv3", TrainSettings(init=tmp_path / "cv", **QUICK), say=quiet)
     with pytest.raises(UsageError, match="fold-1: was trained with other settings"):
-        run(store.path, tmp_path / "cv", settings.model_copy(update={"seed": 4}), say=quiet)
+        run(store.address, tmp_path / "cv", settings.model_copy(update={"seed": 4}), say=quiet)
 
 
 def test_batches_that_cannot_be_shared_evenly_are_refused(make_store, patients, tmp_path):
@@ -290,12 +290,12 @@ def test_batches_that_cannot_be_shared_evenly_are_refused(make_store, patients, 
 @pytest.mark.slow
 def test_two_processes_train_one_bundle(make_store, patients, tmp_path):
     store = make_store(patients, tiles=60)
-    process = start(tmp_path, store.path, tmp_path / "bundle", TrainSettings(processes=2, **QUICK))
+    process = start(tmp_path, store.address, tmp_path / "bundle", TrainSettings(processes=2, **QUICK))
     output, _ = process.communicate(timeout=250)
     assert process.returncode == 0, output
     assert output.count("epoch 3 of 3") == 1
     bundle = read_bundle(tmp_path / "bundle")
     assert bundle.fields.training["figures"]["roc_auc"][0] > 0.9
-    alone = run(store.path, tmp_path / "alone", TrainSettings(**QUICK), say=quiet)
+    alone = run(store.address, tmp_path / "alone", TrainSettings(**QUICK), say=quiet)
     first, second = (weights(path) for path in (bundle.folder, alone.bundle))
     assert not all(torch.equal(first[name], second[name]) for name in first)

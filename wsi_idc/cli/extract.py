@@ -76,10 +76,9 @@ def extract(
     from wsi_idc import extract as stage
 
     if dry_run:
-        from wsi_idc.store import open_store
+        from wsi_idc.store import find_store
 
-        existing = open_store(store) if store.exists() else None
-        planned = stage.plan_slides(rows, existing, settings, force=force)
+        planned = stage.plan_slides(rows, find_store(store), settings.cut(), force=force)
         console.plans({slide.row.slide_id: slide.plan for slide in planned})
         return
     with console.progress("extract") as listener:

@@ -60,8 +60,8 @@ def infer(
     if dry_run:
         from wsi_idc.store import open_store
 
-        choice = stage.choose_model(bundle, settings)
-        console.plans(stage.plan_maps(open_store(store), bundle, choice, only=only or [], force=force))
+        form = bundle.form(settings.precision, cuda=settings.gpus > 0)
+        console.plans(stage.plan_maps(open_store(store), bundle, form, only=only or [], force=force).plans)
         return
     with console.progress("infer") as listener:
         summary = stage.infer(store, bundle, settings, only=only or [], force=force, listener=listener)

@@ -8,7 +8,7 @@ import typer
 from wsi_idc.console import Console
 
 if TYPE_CHECKING:
-    from wsi_idc.cluster import Summary
+    from wsi_idc.work.jobs import Summary
 
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="WSI_IDC_STORE", help="The tile store, a folder.", metavar="STORE")

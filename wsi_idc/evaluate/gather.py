@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_idc.digests import file_digest
 from wsi_idc.errors import UsageError
 from wsi_idc.evaluate.held_out import HeldOut
 from wsi_idc.evaluate.predictions import Predictions, predictions
@@ -59,7 +58,7 @@ def gather(
     if not labelled:
         what = "no slide has a label" if slides else f"no slide of the split {split} is extracted"
         advice = "annotations make labels" if slides else "see the manifest's column split, or use --split all"
-        raise UsageError(store.path, what, advice)
+        raise UsageError(store.address, what, advice)
     notes = []
     for model in models:
         if isinstance(model, HeldOut):
@@ -154,19 +153,14 @@ def _probabilities(
     store: Store, bundle: LoadedBundle, slides: Sequence[StoredSlide], array: str
 ) -> NDArray[np.float32]:
     """float32 (n,): the slides' probabilities by the bundle as it is now, one slide after the other."""
-    name = bundle.fields.name
-    context = bundle.fields.context.model_dump() if bundle.fields.context else None
-    own = {file_digest(path) for path in bundle.folder.glob("model*") if path.is_file()}
-    parts = []
+    name, parts = bundle.fields.name, []
+    needs = [bundle.made_from(form) for form in bundle.forms()]
     for slide in slides:
-        node = store.map_node(name, slide.slide_id)
-        record = node.record()
-        if not record.usable or record.made_from is None:
+        found = store.map(name, slide.slide_id)
+        state = found.state(slide, needs)
+        if state.kind == "none":
             raise UsageError(slide.slide_id, f"has no map by {name}", "run wsi-idc infer with that model first")
-        made_from = record.made_from
-        same = made_from["model"] in own and made_from.get("context") == context
-        if made_from["tiles"] != slide.identity or not same:
-            problem = f"its map by {name} is of older tiles or another version"
-            raise UsageError(slide.slide_id, problem, "run wsi-idc infer")
-        parts.append(np.asarray(node.array(array)[...], np.float32))
+        if state.kind != "current":
+            raise UsageError(slide.slide_id, f"its map by {name} is {state}", "run wsi-idc infer with that model")
+        parts.append(bundle.fields.positive_of(found.read(array)))
     return np.concatenate(parts)

@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from wsi_idc import USE
 from wsi_idc.errors import UsageError
 from wsi_idc.store import Store
@@ -23,16 +20,18 @@ def draw_map(store: Store, model: str, slide_id: str, out: Path) -> None:
         out: the PNG.
 
     Raises:
-        UsageError: the slide has no map by that model, or `out` cannot be written.
+        UsageError: the slide has no current map by that model, or it is of several classes, or `out` cannot be written.
     """
     from matplotlib.figure import Figure
 
-    record = store.map_node(model, slide_id).record()
-    if not record.usable:
-        raise UsageError(slide_id, f"has no map by {model}", "run wsi-idc infer")
-    slide = store.slide(slide_id)
-    thumbnail = np.asarray(slide.node.array("thumbnail")[...])
-    image: NDArray[np.float32] = np.asarray(store.map_node(model, slide_id).array("0")[...])
+    slide, found = store.slide(slide_id), store.map(model, slide_id)
+    state = found.state(slide)
+    if state.kind != "current":
+        problem = f"has no map by {model}" if state.kind == "none" else f"its map by {model} is {state}"
+        raise UsageError(slide_id, problem, "run wsi-idc infer")
+    thumbnail, image = slide.thumbnail, found.read("0")
+    if image.ndim != 2:
+        raise UsageError(slide_id, f"its map by {model} has {len(image)} classes", "only maps of two classes are drawn")
     grid = slide.grid
     width, height = (side * mpp / 1000 for side, mpp in zip(grid.size, grid.mpp, strict=True))
     pitch = grid.spec.stride_px * grid.spec.mpp / 1000
@@ -57,9 +56,7 @@ def draw_map(store: Store, model: str, slide_id: str, out: Path) -> None:
     axes[1].set_ylim(height, 0)
     axes[1].set_title(f"P(IDC) by {model}", loc="left")
     bar = figure.colorbar(drawn, ax=axes, label="P(IDC)", shrink=0.85)
-    if record.complete is not None:
-        threshold = float(record.attributes["model"]["threshold"])
-        bar.ax.axhline(threshold, color="white", linewidth=1.5)
+    bar.ax.axhline(float(found.attributes["model"]["threshold"]), color="white", linewidth=1.5)
     figure.supxlabel(f"{slide.count:,} tiles of {grid.spec}. {USE}", fontsize=8, color="0.35")
     try:
         figure.savefig(out, dpi=110)

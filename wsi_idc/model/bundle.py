@@ -7,12 +7,15 @@ bundle/
   model.safetensors    weights, for torch: on CUDA, and for float32 where there is no model.onnx; optional
 """
 
+import contextlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from wsi_idc.digests import file_digest
 from wsi_idc.errors import ModelError
 from wsi_idc.model.config import Context
 from wsi_idc.names import check_slide_id
@@ -78,6 +81,27 @@ class Bundle(_Part):
         """The threshold of the probabilities that `infer` writes; `threshold` is that of a tile alone."""
         return self.context.threshold if self.context else self.threshold
 
+    def positive_of(self, probability: Any) -> Any:
+        """Placeholder until bundles of several classes are merged."""
+        return probability
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way in which a bundle runs.
+
+    Attributes:
+        file: what it runs from.
+        digest: of that file.
+        engine: the package that runs it.
+        precision: of its arithmetic.
+    """
+
+    file: str
+    digest: str
+    engine: str
+    precision: str
+
 
 class LoadedBundle:
     """A bundle on disk, its fields checked.
@@ -95,11 +119,11 @@ class LoadedBundle:
         """The weights for torch; may be absent."""
         return self.folder / "model.safetensors"
 
-    def model_file(self, precision: Precision, *, cuda: bool = False) -> Path:
-        """What the model runs from: a graph (`.onnx`), or the weights on CUDA and where there is no float32 graph.
+    def form(self, precision: Precision, *, cuda: bool = False) -> Form:
+        """How the model runs: from a graph, or from the weights on CUDA and where there is no float32 graph.
 
         Args:
-            precision: of the graph on the CPU; "auto" is int8 where the bundle has it.
+            precision: on the CPU; "auto" is int8 where the bundle has it.
             cuda: on a GPU.
 
         Raises:
@@ -110,16 +134,46 @@ class LoadedBundle:
             if not self._has_network:
                 problem = "network and model.safetensors are needed on a GPU"
                 raise ModelError(self.folder, problem, "leave --gpus out, or train anew")
-            return self.weights
+            return self._form(self.weights.name, "torch", "float16")
         if precision == "int8" and graph.int8 is None:
             raise ModelError(self.folder, "graph.int8: the bundle has no int8 graph", "use --precision float32")
-        name = graph.int8 if graph.int8 and precision != "float32" else graph.file
+        int8 = graph.int8 is not None and precision != "float32"
+        name = graph.int8 if graph.int8 and int8 else graph.file
         path = self.folder / name
-        if name == graph.file and not path.is_file() and self._has_network:
-            return self.weights
+        if not int8 and not path.is_file() and self._has_network:
+            return self._form(self.weights.name, "torch", "float32")
         if not path.is_file():
             raise ModelError(self.folder, f"graph: {name} is missing", "the bundle is not whole: copy it again")
-        return path
+        return self._form(name, "onnxruntime", "int8" if int8 else "float32")
+
+    def _form(self, name: str, engine: str, precision: str) -> Form:
+        return Form(name, file_digest(self.folder / name), engine, precision)
+
+    def forms(self) -> list[Form]:
+        """Every form that the bundle can run in."""
+        found = []
+        ways: tuple[tuple[Precision, bool], ...] = (("int8", False), ("float32", False), ("auto", True))
+        for precision, cuda in ways:
+            with contextlib.suppress(ModelError):
+                found.append(self.form(precision, cuda=cuda))
+        return found
+
+    def digests(self) -> set[str]:
+        """Of every file that it runs from: two bundles of one name are told apart by them."""
+        return {form.digest for form in self.forms()}
+
+    def made_from(self, form: Form) -> dict[str, Any]:
+        """What a map by that form depends on besides the tiles, by the names that a user is told."""
+        fields = self.fields
+        return {
+            "model": form.digest,
+            "engine": form.engine,
+            "precision": form.precision,
+            "output": fields.graph.output,
+            "classes": list(fields.classes),
+            "threshold": fields.operating_point,
+            "context": fields.context.model_dump() if fields.context else None,
+        }
 
     @property
     def _has_network(self) -> bool:

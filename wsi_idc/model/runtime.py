@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc.errors import ModelError
-from wsi_idc.model.bundle import LoadedBundle
+from wsi_idc.model.bundle import Form, LoadedBundle
 from wsi_idc.settings import Precision
 
 
@@ -21,7 +21,7 @@ class Runtime(Protocol):
         """P(IDC) of each tile: float32 (n,), from uint8 (n, size, size, 3) RGB."""
 
 
-def load_runtime(bundle: LoadedBundle, precision: Precision, threads: int, *, cuda: bool = False) -> Runtime:
+def load_runtime(bundle: LoadedBundle, form: Form | Precision, threads: int) -> Runtime:
     """The model, ready to run.
 
     Args:
@@ -33,10 +33,10 @@ def load_runtime(bundle: LoadedBundle, precision: Precision, threads: int, *, cu
     Raises:
         ModelError: the bundle lacks the file, or it cannot be loaded.
     """
-    path = bundle.model_file(precision, cuda=cuda)
-    if path != bundle.weights:
-        return OnnxRuntime(bundle, path, threads)
-    return TorchRuntime(bundle, "cuda" if cuda else "cpu", threads)
+    form = form if isinstance(form, Form) else bundle.form(form)
+    if form.engine == "onnxruntime":
+        return OnnxRuntime(bundle, bundle.folder / form.file, threads)
+    return TorchRuntime(bundle, "cuda" if form.precision == "float16" else "cpu", threads)
 
 
 def predict_all(runtime: Runtime, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset, Sampler
 from wsi_idc.digests import checksum, digest
 from wsi_idc.errors import StoreError, UsageError
 from wsi_idc.settings import TileSpec
-from wsi_idc.store import Store, StoredSlide, tiles_per_shard
+from wsi_idc.store import Store, StoredSlide
+from wsi_idc.store.slide import tiles_per_shard
 
 Say = Callable[[str], None]
 
@@ -62,7 +63,7 @@ def labelled_tiles(store: Store) -> LabelledTiles:
     """
     names = store.slide_ids()
     if not names:
-        raise StoreError(store.path, "has no complete slide", "run wsi-idc extract first")
+        raise StoreError(store.address, "has no complete slide", "run wsi-idc extract first")
     columns: dict[str, list[NDArray[Any]]] = {
         "part": [],
         "slide": [],
@@ -90,7 +91,7 @@ def labelled_tiles(store: Store) -> LabelledTiles:
     joined = {key: np.concatenate(values) for key, values in columns.items()}
     if not len(joined["part"]):
         advice = "give annotations or labels in the manifest, and extract again"
-        raise StoreError(store.path, f"has no labels: the IDC part of all {unknown:,} tiles is unknown", advice)
+        raise StoreError(store.address, f"has no labels: the IDC part of all {unknown:,} tiles is unknown", advice)
     assert spec is not None
     return LabelledTiles(store=store, spec=spec, unknown=unknown, identity=digest(identities), **joined)
 
@@ -98,7 +99,7 @@ def labelled_tiles(store: Store) -> LabelledTiles:
 def _same_spec(store: Store, spec: TileSpec | None, slide: StoredSlide) -> TileSpec:
     if spec is not None and slide.spec != spec:
         problem = f"slides are cut on different grids: {spec}, and {slide.spec} ({slide.slide_id})"
-        raise StoreError(store.path, problem, "extract all of them with the same --tile-size and --mpp")
+        raise StoreError(store.address, problem, "extract all of them with the same --tile-size and --mpp")
     return slide.spec
 
 
@@ -123,12 +124,12 @@ def read_pixels(tiles: LabelledTiles, chosen: NDArray[np.int64], cache: Path, li
     starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]]) if len(chosen) else np.empty(0, np.int64)
     step = tiles_per_shard(size)
     for start, stop in zip(starts, [*starts[1:], len(chosen)], strict=True):
-        array = tiles.store.slide(str(owners[start])).tiles
+        slide = tiles.store.slide(str(owners[start]))
         rows = tiles.row[chosen[start:stop]]
-        for first in range(0, array.shape[0], step):
+        for first in range(0, slide.count, step):
             inside = np.flatnonzero((rows >= first) & (rows < first + step))
             if len(inside):
-                block = np.asarray(array[first : first + step])
+                block = np.concatenate(list(slide.read_tiles(first, min(first + step, slide.count))))
                 pixels[start + inside] = block[rows[inside] - first]
     return pixels
 

@@ -1,0 +1,146 @@
+"""What every backing promises, and every lease: one suite for all of them."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from wsi_idc.errors import StoreBusyError, StoreError
+from wsi_idc.store.backing import FolderBacking, backing_at
+
+
+@pytest.fixture(params=["folder"])
+def backing(request, tmp_path):
+    """A fresh backing of each kind."""
+    return {"folder": lambda: FolderBacking(tmp_path / "store")}[request.param]()
+
+
+def test_what_was_written_is_read_and_replaced_whole(backing):
+    assert backing.read("a/b") is None
+    backing.write("a/b", b"one")
+    assert backing.read("a/b") == b"one"
+    backing.write("a/b", b"another")
+    assert backing.read("a/b") == b"another"
+    assert backing.read("a") is None
+
+
+def test_readers_see_the_old_object_or_the_new_one(backing):
+    contents = [bytes([number]) * 200_000 for number in range(6)]
+    backing.write("a", contents[0])
+    seen, done = set(), threading.Event()
+
+    def read():
+        while not done.is_set():
+            seen.add(backing.read("a"))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for content in contents * 3:
+        backing.write("a", content)
+    done.set()
+    reader.join()
+    assert seen <= set(contents)
+
+
+def test_deleting_takes_the_object_and_all_below_and_nothing_beside(backing):
+    for key in ("a/b", "a/b/c", "a/bc", "ab") if not isinstance(backing, FolderBacking) else ("a/b/c", "a/bc", "ab"):
+        backing.write(key, b"x")
+    backing.delete("a/b")
+    assert backing.read("a/b/c") is None
+    assert backing.read("a/bc") == backing.read("ab") == b"x"
+    backing.delete("a/b")
+    backing.delete("ab")
+    assert backing.read("ab") is None
+
+
+def test_folders_are_what_has_something_below(backing):
+    assert backing.folders("") == backing.folders("none") == []
+    for key in ("slides/b/zarr.json", "slides/a/x/y", "slides/zarr.json"):
+        backing.write(key, b"x")
+    assert backing.folders("slides") == ["a", "b"]
+    assert backing.folders("") == ["slides"]
+
+
+def test_names_that_are_odd_are_names(backing):
+    for name in ("with space", "ümlaut", "per%20cent", "plus+", "hash#", "a.b", "'quote'"):
+        backing.write(f"slides/{name}/zarr.json", name.encode())
+        assert backing.read(f"slides/{name}/zarr.json") == name.encode()
+        assert name in backing.folders("slides")
+
+
+def test_zarr_sees_the_same_place(backing):
+    import numpy as np
+    import zarr
+
+    array = zarr.create_array(backing.zarr(read_only=False), name="g/x", shape=(3,), dtype="uint8", zarr_format=3)
+    array[...] = np.arange(3, dtype=np.uint8)
+    assert json.loads(backing.read("g/x/zarr.json"))["node_type"] == "array"
+    backing.flush("g")
+    found = zarr.open_array(backing.zarr(read_only=True), path="g/x", mode="r")
+    assert found[...].tolist() == [0, 1, 2]
+    backing.delete("g/x")
+    with pytest.raises(Exception, match="g/x"):
+        zarr.open_array(backing.zarr(read_only=True), path="g/x", mode="r")
+
+
+def test_the_lease_alone_is_nothing(backing):
+    assert not backing.holds_anything()
+    lease = backing.lease()
+    lease.acquire()
+    assert not backing.holds_anything()
+    lease.release()
+    backing.write("a", b"x")
+    assert backing.holds_anything()
+
+
+def test_one_has_the_lease_at_a_time_and_the_other_is_told_who(backing):
+    first, second = backing.lease(), backing.lease()
+    first.acquire()
+    with pytest.raises(StoreBusyError, match=f"process {os.getpid()}"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+
+
+def test_of_ten_at_once_one_gets_the_lease(backing):
+    leases, got, start = [backing.lease() for _ in range(10)], [], threading.Barrier(10)
+
+    def take(lease):
+        start.wait()
+        try:
+            lease.acquire()
+            got.append(lease)
+        except StoreBusyError:
+            pass
+
+    threads = [threading.Thread(target=take, args=(lease,)) for lease in leases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 1
+    got[0].release()
+
+
+def test_the_lease_of_a_killed_process_is_free(tmp_path):
+    code = f"""
+        import os
+        from pathlib import Path
+        from wsi_idc.store.backing import FolderBacking
+        FolderBacking(Path({str(tmp_path)!r})).lease().acquire()
+        os._exit(9)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    lease = FolderBacking(tmp_path).lease()
+    lease.acquire()
+    lease.release()
+
+
+def test_a_scheme_that_no_backing_has_is_refused():
+    with pytest.raises(StoreError, match="ftp://"):
+        backing_at("ftp://host/store")

@@ -1,0 +1,19 @@
+"""The tile store; see `store.py`."""
+
+from wsi_idc.store.map import MapState, StoredMap
+from wsi_idc.store.node import Node, Record
+from wsi_idc.store.slide import StoredSlide
+from wsi_idc.store.store import Store, find_store, hold_store, open_store, writable_store
+
+__all__ = [
+    "MapState",
+    "Node",
+    "Record",
+    "Store",
+    "StoredMap",
+    "StoredSlide",
+    "find_store",
+    "hold_store",
+    "open_store",
+    "writable_store",
+]

@@ -1,0 +1,226 @@
+"""One group of the store, of a slide or of a map, and the rule that it lives by.
+
+A result exists when the group's attributes hold the record `complete`, which is put in place last, by one atomic write
+of the group's `zarr.json`, after every array is whole and flushed. Anything else is invisible to readers and is cleared
+by the next run. A failure is kept in the record `failed`; it hides an older result, and the next success removes it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from wsi_idc.digests import checksum
+from wsi_idc.errors import DamageError
+from wsi_idc.store.backing import Backing
+
+FORMAT = "wsi-idc-store/2"
+"""Of the store, and of each record in it: a store that is brought up to date holds older ones until they are redone."""
+
+
+def group_document(attributes: Mapping[str, Any]) -> bytes:
+    """The `zarr.json` of a Zarr v3 group with these attributes."""
+    document = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+    return json.dumps(document, indent=2, allow_nan=False).encode()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one group of the store says of itself.
+
+    Attributes:
+        attributes: the group's attributes; empty where there is no group, or one that cannot be read.
+        damage: why the group's metadata cannot be read; empty where they can.
+    """
+
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    damage: str = ""
+
+    @property
+    def complete(self) -> dict[str, Any] | None:
+        """The record of a whole result of this format, also of one that a later failure hides."""
+        complete = self.attributes.get("complete")
+        return complete if isinstance(complete, dict) and complete.get("format") == FORMAT else None
+
+    @property
+    def made_from(self) -> dict[str, Any] | None:
+        """What the whole result was made from, by name; None where there is none."""
+        made_from = (self.complete or {}).get("made_from")
+        return made_from if isinstance(made_from, dict) else None
+
+    @property
+    def failed(self) -> str | None:
+        """Why the last attempt failed, or None."""
+        reason = self.attributes.get("failed")
+        return None if reason is None else str(reason)
+
+    @property
+    def usable(self) -> bool:
+        """Whether readers may see the result."""
+        return self.complete is not None and self.failed is None
+
+    @property
+    def trouble(self) -> str:
+        """Why a result that was here cannot be used, as a plan or a status says it; empty where nothing hinders."""
+        if self.damage:
+            return f"its metadata are damaged ({self.damage})"
+        if self.failed is not None:
+            return "failed last time"
+        if "complete" in self.attributes and self.complete is None:
+            return "made by an older version of the store's format"
+        return ""
+
+
+class Node:
+    """One group of the store: read as it is asked for, written by the rule above.
+
+    Args:
+        backing: what the store lies on.
+        path: the group's key.
+        again: the command that makes it anew, for messages.
+    """
+
+    def __init__(self, backing: Backing, path: str, again: str, *, read_only: bool) -> None:
+        self.backing, self.path, self.again = backing, path, again
+        self._read_only = read_only
+
+    @property
+    def name(self) -> str:
+        """The last part of the path: a slide's id."""
+        return self.path.rpartition("/")[2]
+
+    @cached_property
+    def _zarr(self) -> Any:
+        return self.backing.zarr(read_only=self._read_only)
+
+    def record(self) -> Record:
+        """What the group says of itself, read afresh."""
+        content = self.backing.read(f"{self.path}/zarr.json")
+        if content is None:
+            return Record()
+        try:
+            document = json.loads(content)
+            if document["zarr_format"] != 3 or document["node_type"] != "group":
+                return Record(damage="not a Zarr v3 group")
+            attributes = document.get("attributes", {})
+            return Record(attributes) if isinstance(attributes, dict) else Record(damage="attributes are no object")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            return Record(damage=f"zarr.json: {type(error).__name__}: {error}")
+
+    def begin(self) -> None:
+        """Clear what an earlier run left: first out of sight, then for good."""
+        self.backing.delete(f"{self.path}/zarr.json")
+        self.backing.delete(self.path)
+        self.backing.write(f"{self.path}/zarr.json", group_document({}))
+
+    def create(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: Any,
+        *,
+        axes: Sequence[str],
+        chunks: tuple[int, ...],
+        shards: tuple[int, ...] | None = None,
+    ) -> zarr.Array[Any]:
+        """Make an empty array, missing values being NaN or 0, its axes named."""
+        fill = float("nan") if np.issubdtype(np.dtype(dtype), np.floating) else 0
+        return zarr.create_array(
+            self._zarr,
+            name=f"{self.path}/{name}",
+            shape=shape,
+            dtype=dtype,
+            chunks=chunks,
+            shards=shards,
+            fill_value=fill,
+            dimension_names=axes,
+            zarr_format=3,
+        )
+
+    def put(self, name: str, values: NDArray[Any], axes: Sequence[str]) -> str:
+        """Make an array that is written at once, as one chunk; gives its checksum."""
+        chunks = tuple(max(1, side) for side in values.shape)
+        array = self.create(name, values.shape, values.dtype, axes=axes, chunks=chunks)
+        if values.size:
+            array[...] = values
+        return checksum(values)
+
+    def array(self, name: str) -> zarr.Array[Any]:
+        """An array of the group, whose values nobody has checked.
+
+        Raises:
+            DamageError: it is not there, or its metadata cannot be read.
+        """
+        with self.reading(name):
+            return zarr.open_array(self._zarr, path=f"{self.path}/{name}", mode="r", zarr_format=3)
+
+    def read(self, name: str, expected: str) -> NDArray[Any]:
+        """A whole array, checked.
+
+        Args:
+            name: the array.
+            expected: its checksum, as the record has it.
+
+        Raises:
+            DamageError: it is not what was written.
+        """
+        array = self.array(name)
+        with self.reading(name):
+            values = np.asarray(array[...])
+        if checksum(values) != expected:
+            raise self.damaged(name, "it is not what was written")
+        return values
+
+    def reading(self, name: str) -> "_Reading":
+        """Around reads of an array: what a damaged array makes zarr raise becomes a `DamageError`."""
+        return _Reading(self, name)
+
+    def damaged(self, name: str, problem: str) -> DamageError:
+        """The error that says so."""
+        return DamageError(f"{self.path}/{name}", f"the store is damaged there: {problem}", f"run {self.again} again")
+
+    def commit(self, attributes: Mapping[str, Any]) -> None:
+        """Make the result visible: `attributes`, with `complete` in it, in one atomic write after all else is flushed.
+
+        The record is marked with the format.
+        """
+        complete = {"format": FORMAT, **attributes["complete"]}
+        self.backing.flush(self.path)
+        self.backing.write(f"{self.path}/zarr.json", group_document({**attributes, "complete": complete}))
+
+    def update(self, attributes: Mapping[str, Any]) -> None:
+        """Replace some attributes of a result that stays as it is."""
+        kept = self.record().attributes
+        self.backing.write(f"{self.path}/zarr.json", group_document({**kept, **attributes}))
+
+    def fail(self, reason: str) -> None:
+        """Keep why the last attempt failed; an older result is kept beside it, out of readers' sight.
+
+        What a broken attempt left is removed: on a full disk the next slides need the room.
+        """
+        kept = self.record().attributes
+        if "complete" not in kept:
+            self.backing.delete(self.path)
+        self.backing.write(f"{self.path}/zarr.json", group_document({**kept, "failed": reason}))
+
+
+class _Reading:
+    """See `Node.reading`."""
+
+    def __init__(self, node: Node, name: str) -> None:
+        self._node, self._name = node, name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        # Memory that ran out, or a disk that cannot be read, says nothing of what is written there.
+        system = isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
+        if isinstance(error, Exception) and not system and not isinstance(error, MemoryError | DamageError):
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise self._node.damaged(self._name, line) from error

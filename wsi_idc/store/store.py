@@ -1,0 +1,202 @@
+"""The tile store: one Zarr v3 hierarchy on a backing.
+
+    STORE/                       group; attributes: format
+      lease/                     empty array; below it the lease's files
+      slides/<slide_id>/         tiles, position, cell, tissue, blur, pen, idc, thumbnail, tissue_mask
+      maps/<model>/<slide_id>/   0, probability, alone
+
+`docs/store.md` has the format, what is promised and under which assumptions; `node.py` the rule that results live by.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from wsi_idc.errors import StoreError, system_reason
+from wsi_idc.store.backing import LEASE, Backing, backing_at
+from wsi_idc.store.map import StoredMap
+from wsi_idc.store.node import FORMAT, Node, group_document
+from wsi_idc.store.slide import StoredSlide
+
+OLDER = ("wsi-idc-store/1",)
+"""Formats that `extract` brings up to date, by cutting their slides again."""
+_LEASE_DOCUMENT = {
+    "zarr_format": 3,
+    "node_type": "array",
+    "shape": [0],
+    "data_type": "uint8",
+    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1]}},
+    "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+    "fill_value": 0,
+    "codecs": [{"name": "bytes"}],
+    "dimension_names": ["lease"],
+    "attributes": {"about": "below this array lies who writes the store: see docs/store.md"},
+}
+
+
+class Store:
+    """A tile store; `open_store` and `hold_store` give one.
+
+    Attributes:
+        backing: what it lies on.
+        notes: lines that a user should see, of what was done to open it.
+    """
+
+    def __init__(self, backing: Backing, *, read_only: bool, notes: tuple[str, ...] = ()) -> None:
+        self.backing, self.read_only, self.notes = backing, read_only, notes
+
+    @property
+    def address(self) -> str:
+        """What a user types for it."""
+        return self.backing.address
+
+    def slide_node(self, slide_id: str) -> Node:
+        """The group of a slide."""
+        return Node(self.backing, f"slides/{slide_id}", "wsi-idc extract", read_only=self.read_only)
+
+    def map_node(self, model: str, slide_id: str) -> Node:
+        """The group of a slide's map."""
+        return Node(self.backing, f"maps/{model}/{slide_id}", "wsi-idc infer", read_only=self.read_only)
+
+    def all_slide_ids(self) -> list[str]:
+        """Every slide that was ever tried."""
+        return self.backing.folders("slides")
+
+    def slide_ids(self) -> list[str]:
+        """Every slide whose tiles are complete."""
+        return [name for name in self.all_slide_ids() if self.slide_node(name).record().usable]
+
+    def models(self) -> list[str]:
+        """Every model with a map in the store."""
+        return self.backing.folders("maps")
+
+    def slide(self, slide_id: str) -> StoredSlide:
+        """A slide's tiles.
+
+        Raises:
+            StoreError: they are not complete.
+            DamageError: their record is damaged.
+        """
+        node = self.slide_node(slide_id)
+        record = node.record()
+        if not record.usable:
+            why = record.trouble if record.failed is None else f"failed: {record.failed}"
+            raise StoreError(slide_id, f"not extracted{f' ({why})' if why else ''}", "run wsi-idc extract")
+        return StoredSlide(node, record)
+
+    def map(self, model: str, slide_id: str) -> StoredMap:
+        """A slide's map by a model, as it is now; there may be none."""
+        node = self.map_node(model, slide_id)
+        return StoredMap(node, node.record())
+
+    def model_attributes(self, model: str) -> Mapping[str, Any]:
+        """What is known of the model whose maps these are; empty where it has none."""
+        return Node(self.backing, f"maps/{model}", "wsi-idc infer", read_only=True).record().attributes
+
+    def put_model(self, model: str, attributes: Mapping[str, Any]) -> None:
+        """Make the group of a model's maps, or replace its attributes."""
+        if self.model_attributes(model) != attributes:
+            self.backing.write(f"maps/{model}/zarr.json", group_document(attributes))
+
+    def _make(self) -> None:
+        """Put the groups in place that every store has."""
+        self.backing.write("zarr.json", group_document({"format": FORMAT}))
+        self.backing.write(f"{LEASE}/zarr.json", json.dumps(_LEASE_DOCUMENT, indent=2).encode())
+        for name in ("slides", "maps"):
+            self.backing.write(f"{name}/zarr.json", group_document({}))
+        for model in self.models():
+            if self.backing.read(f"maps/{model}/zarr.json") is None:
+                self.backing.write(f"maps/{model}/zarr.json", group_document({}))
+
+
+def _format(backing: Backing) -> str | None:
+    """The format of the store that is there; None where nothing is.
+
+    Raises:
+        StoreError: something is there that is no store of a format that is known.
+    """
+    try:
+        content = backing.read("zarr.json")
+        if content is None:
+            if backing.holds_anything():
+                raise StoreError(backing.address, "not a tile store", "name the one that wsi-idc extract wrote")
+            return None
+        attributes = json.loads(content).get("attributes", {})
+        found = attributes.get("format")
+    except OSError as error:
+        raise StoreError(backing.address, f"cannot be read ({system_reason(error)})", "check the rights") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        advice = f"copy zarr.json back, or put attributes with the format {FORMAT!r} there"
+        raise StoreError(backing.address, f"its zarr.json is damaged ({error})", advice) from error
+    if found not in (FORMAT, *OLDER):
+        what = "not a tile store" if found is None else f"a store of format {found!r}, this version reads {FORMAT!r}"
+        raise StoreError(backing.address, what, "name another with --store, or use the version that wrote it")
+    return str(found)
+
+
+def find_store(address: str | Path) -> Store | None:
+    """The store of this format or an older one, to be read; None where nothing is. Of an older one nothing is usable.
+
+    Raises:
+        StoreError: something else is there, or it cannot be read.
+    """
+    backing = backing_at(address)
+    return None if _format(backing) is None else Store(backing, read_only=True)
+
+
+def open_store(address: str | Path) -> Store:
+    """A store that exists, to be read.
+
+    Raises:
+        StoreError: it does not exist, cannot be read, or has another format.
+    """
+    backing = backing_at(address)
+    found = _format(backing)
+    if found is None:
+        raise StoreError(backing.address, "no such store", "run wsi-idc extract first, or name one with --store")
+    if found in OLDER:
+        advice = "run wsi-idc extract with its manifest: that brings it up to date, and cuts its slides again"
+        raise StoreError(backing.address, f"a store of format {found!r}, {FORMAT!r} is needed", advice)
+    return Store(backing, read_only=True)
+
+
+@contextmanager
+def hold_store(address: str | Path, *, create: bool = False) -> Iterator[Store]:
+    """A store, held for writing.
+
+    Args:
+        address: where it is.
+        create: make it if there is none, and bring one of an older format up to date.
+
+    Raises:
+        StoreError: it does not exist, cannot be written, or has another format; or something else is there.
+        StoreBusyError: another run holds it.
+    """
+    if not create:
+        open_store(address)
+    backing = backing_at(address)
+    _format(backing)
+    lease = backing.lease()
+    lease.acquire()
+    try:
+        found, notes = _format(backing), []
+        store = Store(backing, read_only=False)
+        if found in OLDER:
+            notes.append(f"{address}: the store had format {found}; it is brought up to date, every slide is cut again")
+        if found != FORMAT:
+            try:
+                store._make()
+            except OSError as error:
+                problem = f"cannot be written ({system_reason(error)})"
+                raise StoreError(backing.address, problem, "choose another --store") from error
+        store.notes = tuple(notes)
+        yield store
+    finally:
+        lease.release()
+
+
+def writable_store(address: str | Path) -> Store:
+    """The store, for a task of the run that holds it."""
+    return Store(backing_at(address), read_only=False)

@@ -1,0 +1,260 @@
+"""The job of `extract`: a slide into tiles in the store."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_idc import __version__
+from wsi_idc.digests import fingerprint
+from wsi_idc.errors import SlideError, system_reason
+from wsi_idc.grid import Grid
+from wsi_idc.manifest import Row
+from wsi_idc.settings import CutSettings
+from wsi_idc.slides import Slide, open_slide
+from wsi_idc.store import Node, writable_store
+from wsi_idc.store.slide import create_tiles, identity, tiles_per_shard, write_shards
+from wsi_idc.work.jobs import Block, Outcome, Prepared, Work
+
+SHARDS_PER_BLOCK = 16
+"""Shards that one task writes where several workers share a large slide; at a seam between two tasks a row of stored
+tiles is decoded by both."""
+
+
+def made_from(row: Row, settings: CutSettings) -> dict[str, Any]:
+    """What the tiles of a slide are made from, by the names that a user is told: the reasons to do it again.
+
+    Raises:
+        SlideError: the source cannot be read.
+    """
+    content = settings.content()
+    tile = content.pop("tile")
+    try:
+        return {
+            "tile size": tile["size_px"],
+            "tile um/px": tile["mpp"],
+            "stride": tile["stride_px"],
+            "edge rule": tile["last"],
+            **{name.replace("_", " "): value for name, value in content.items()},
+            "slide um/px": row.mpp,
+            "source": fingerprint(row.path),
+            "annotation": fingerprint(row.annotation) if row.annotation else None,
+            "mask": fingerprint(row.mask) if row.mask else None,
+        }
+    except OSError as error:
+        raise SlideError(row.path, f"cannot be read ({system_reason(error)})", "check the file") from error
+
+
+def describe(row: Row) -> dict[str, Any]:
+    """The manifest's words about a slide, as they stand in its attributes; they can change without new tiles."""
+    return {
+        "patient_id": row.patient_id,
+        "split": row.split,
+        "label": row.label,
+        "metadata": row.metadata,
+        "path": str(row.path),
+    }
+
+
+def find_tissue(
+    slide: Slide, settings: CutSettings, mask_path: Path | None, grid: Grid
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_], NDArray[np.int32], NDArray[np.float32]]:
+    """Thumbnail, tissue mask, kept cells, and the part of each that is tissue.
+
+    Returns:
+        uint8 (h, w, 3); bool (h, w); int32 (n, 2) of row, column, in row order; float32 (n,).
+    """
+    from wsi_idc.tissue import MASK_MPP, read_mask, tile_fraction, tissue_mask
+
+    thumbnail, mpp = slide.thumbnail(MASK_MPP)
+    if slide.patches is not None:
+        cells, _ = slide.patches.ready_cells()
+        mask = np.zeros(thumbnail.shape[:2], bool)
+        scale = np.asarray(mask.shape) / slide.size[::-1]
+        for top, left in (grid.position(cells)[:, ::-1] * scale).astype(int).tolist():
+            mask[top : top + int(grid.extent[1] * scale[0]), left : left + int(grid.extent[0] * scale[1])] = True
+        return thumbnail, mask, cells, np.ones(len(cells), np.float32)
+    if mask_path is not None:
+        mask = read_mask(mask_path, thumbnail.shape[:2])
+    else:
+        mask = tissue_mask(thumbnail, mpp, settings.tissue)
+    cells = grid.cells()
+    tissue = tile_fraction(mask, grid, cells)
+    kept = (tissue >= settings.min_tissue) & ((tissue > 0) | (settings.tissue == "none"))
+    return thumbnail, mask, cells[kept], tissue[kept]
+
+
+@dataclass(frozen=True)
+class CutJob:
+    """One slide's tiles.
+
+    Attributes:
+        row: the slide's line of the manifest.
+        store: the store's address.
+        settings: what the tiles depend on.
+        made_from: what they would be made from; None where the source could not be read.
+    """
+
+    row: Row
+    store: str
+    settings: CutSettings
+    made_from: dict[str, Any] | None
+
+    @property
+    def job_id(self) -> str:
+        """See `Job.job_id`."""
+        return self.row.slide_id
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Job.names`."""
+        return (self.row.slide_id, str(self.row.path))
+
+    @property
+    def _node(self) -> Node:
+        return writable_store(self.store).slide_node(self.row.slide_id)
+
+    def _open(self) -> Slide:
+        return open_slide(self.row.path, self.row.mpp)
+
+    def prepare(self, work: Work) -> Prepared:
+        """Find the tissue, and write all that does not need the tiles' pixels."""
+        from wsi_idc.reader import check_resolution
+
+        need = self.made_from or made_from(self.row, self.settings)
+        spec = self.settings.tile
+        with self._open() as slide:
+            grid = Grid(spec, slide.size, slide.mpp)
+            warnings = list(slide.warnings)
+            if slide.patches is not None:
+                self._check_patches(slide, warnings)
+            check_resolution(slide, grid)
+            thumbnail, mask, cells, tissue = find_tissue(slide, self.settings, self.row.mask, grid)
+            if not len(cells):
+                warnings.append("no tissue found")
+            idc = self._labels(slide, grid, cells, warnings)
+            about = {
+                "format": slide.description.format,
+                "reader": slide.description.reader,
+                "size": list(slide.size),
+                "mpp": list(slide.mpp),
+                "mpp_source": slide.mpp_source,
+            }
+        node = self._node
+        node.begin()
+        arrays = {"cell": cells, "position": grid.position(cells), "tissue": tissue, "idc": idc}
+        checksums = {name: node.put(name, values, ("tile", "axis")[: values.ndim]) for name, values in arrays.items()}
+        checksums["thumbnail"] = node.put("thumbnail", thumbnail, ("thumbnail_y", "thumbnail_x", "c"))
+        checksums["tissue_mask"] = node.put("tissue_mask", mask, ("thumbnail_y", "thumbnail_x"))
+        info = {
+            "about": about,
+            "made_from": need,
+            "warnings": warnings,
+            "grid": list(grid.shape),
+            "checksums": checksums,
+        }
+        if not self.settings.pixels:
+            return Prepared([], len(cells), info)
+        create_tiles(node, spec, len(cells))
+        return Prepared(self._blocks(len(cells), work), len(cells), info)
+
+    def _blocks(self, count: int, work: Work) -> list[Block]:
+        """Whole shards, so that whoever writes them writes the same; one block where there is nobody to share with."""
+        step = count if work.capacity.workers == 1 else tiles_per_shard(self.settings.tile.size_px) * SHARDS_PER_BLOCK
+        return [Block(start, min(start + step, count)) for start in range(0, count, step)] if count else []
+
+    def _check_patches(self, slide: Slide, warnings: list[str]) -> None:
+        from wsi_idc.slides.patches import MPP, SIDE
+
+        assert slide.patches is not None
+        spec = self.settings.tile
+        if (spec.size_px, spec.mpp, spec.stride_px) != (SIDE, MPP, SIDE) or slide.mpp != (MPP, MPP):
+            raise SlideError(
+                slide.path,
+                f"a patch folder's tiles are ready-cut, {SIDE} px at {MPP} um/px",
+                "leave --tile-size, --mpp and --stride out, and mpp in the manifest empty",
+            )
+        for reason, count in slide.patches.left_out.items():
+            warnings.append(f"{count} file{'s' if count != 1 else ''} left out: {reason}")
+
+    def _labels(self, slide: Slide, grid: Grid, cells: NDArray[np.int32], warnings: list[str]) -> NDArray[np.float32]:
+        """The part of each tile that is IDC: float32 (n,), NaN where the slide has no annotation."""
+        if self.row.annotation is not None:
+            from wsi_idc.annotations import idc_fraction
+
+            return idc_fraction(self.row.annotation, self.settings.annotation_class, grid, cells)
+        if slide.patches is not None:
+            return slide.patches.ready_cells()[1]
+        return np.full(len(cells), np.nan, np.float32)
+
+    def run(self, block: Block, info: dict[str, Any], work: Work) -> dict[str, Any]:
+        """Write the pixels of a block's tiles, shard by shard."""
+        from wsi_idc.reader import read_tiles
+        from wsi_idc.tissue import tile_quality
+
+        node, about = self._node, info["about"]
+        cells = node.read("cell", info["checksums"]["cell"])[block.start : block.stop]
+        grid = Grid(self.settings.tile, tuple(about["size"]), tuple(about["mpp"]))
+        shard = tiles_per_shard(self.settings.tile.size_px)
+        blur: list[NDArray[np.float32]] = []
+        pen: list[NDArray[np.float32]] = []
+
+        def shards() -> Iterator[NDArray[np.uint8]]:
+            for tiles in read_tiles(self._open, grid, cells, batch=shard, threads=work.capacity.threads):
+                sharpness, ink = tile_quality(tiles)
+                blur.append(sharpness)
+                pen.append(ink)
+                yield tiles
+
+        checksums = []
+        for count, checksum in write_shards(node, block.start, shards()):
+            checksums.append(checksum)
+            work.report(count)
+        return {"checksums": checksums, "blur": np.concatenate(blur), "pen": np.concatenate(pen)}
+
+    def finish(self, prepared: Prepared, results: list[dict[str, Any]], work: Work) -> Outcome:
+        """Put the record in place that makes the slide's tiles exist."""
+        info, node, pixels = prepared.info, self._node, self.settings.pixels
+        checksums: dict[str, Any] = dict(info["checksums"])
+        unknown = np.full(0 if pixels else prepared.tiles, np.nan, np.float32)
+        for name in ("blur", "pen"):
+            values = np.concatenate([unknown, *(result[name] for result in results)]).astype(np.float32)
+            checksums[name] = node.put(name, values, ("tile",))
+        if pixels:
+            checksums["tiles"] = [checksum for result in results for checksum in result["checksums"]]
+        source = {name: info["made_from"][name] for name in _PIXELS_FROM if name in info["made_from"]}
+        complete = {
+            "tiles": prepared.tiles,
+            "grid": info["grid"],
+            "made_from": info["made_from"],
+            "settings": self.settings.content_hash(),
+            "checksums": checksums,
+            "identity": identity(
+                self.settings.tile, info["about"]["mpp"], checksums["cell"], checksums["tiles"] if pixels else source
+            ),
+            "versions": versions(),
+        }
+        attributes = {**describe(self.row), **info["about"], "tile": self.settings.tile.content()}
+        node.commit({**attributes, "warnings": info["warnings"], "complete": complete})
+        return Outcome("done", tiles=prepared.tiles, warnings=tuple(info["warnings"]))
+
+    def fail(self, reason: str) -> None:
+        """See `Job.fail`."""
+        node = self._node
+        node.fail(reason)
+        node.update(describe(self.row))
+
+
+_PIXELS_FROM = ("source", "reader")
+"""Of what tiles are made from: what their pixels are read from, where they are not kept."""
+
+
+def versions() -> dict[str, str]:
+    """What the result was made with."""
+    from importlib.metadata import version
+
+    packages = ("tiatoolbox", "openslide-python", "openslide-bin", "numpy", "pillow", "zarr")
+    return {"wsi-idc": __version__, **{name: version(name) for name in packages}}

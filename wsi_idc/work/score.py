@@ -1,0 +1,238 @@
+"""The job of `infer`: a slide's tiles into its map in the store."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_idc import USE, __version__
+from wsi_idc.digests import fingerprint
+from wsi_idc.errors import DamageError, SlideError, system_reason
+from wsi_idc.model.bundle import Bundle, Form, read_bundle
+from wsi_idc.slides import Slide, open_slide
+from wsi_idc.store import Node, Store, StoredSlide, writable_store
+from wsi_idc.store.slide import tiles_per_shard
+from wsi_idc.work.jobs import Block, Outcome, Prepared, Work
+
+if TYPE_CHECKING:
+    from wsi_idc.model.runtime import Runtime
+
+TILES_PER_BLOCK = 2**14
+"""About so many tiles, in whole shards, are scored by one task."""
+
+
+@lru_cache(maxsize=2)
+def loaded(folder: Path, form: Form, threads: int) -> "Runtime":
+    """The model, loaded once in each process."""
+    from wsi_idc.model.runtime import load_runtime
+
+    return load_runtime(read_bundle(folder), form, threads)
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """One slide's probabilities.
+
+    Attributes:
+        slide_id: the slide.
+        store: the store's address.
+        folder: the bundle's.
+        fields: the bundle's contents when the run was planned.
+        form: in which the model runs.
+        need: what the map is made from besides the tiles, by name (`LoadedBundle.made_from`).
+        batch_size: tiles that go through the model together.
+    """
+
+    slide_id: str
+    store: str
+    folder: Path
+    fields: Bundle
+    form: Form
+    need: dict[str, Any]
+    batch_size: int
+
+    @property
+    def job_id(self) -> str:
+        """See `Job.job_id`."""
+        return self.slide_id
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Job.names`."""
+        return (self.slide_id,)
+
+    @property
+    def _store(self) -> Store:
+        return writable_store(self.store)
+
+    @property
+    def _node(self) -> Node:
+        return self._store.map_node(self.fields.name, self.slide_id)
+
+    @contextmanager
+    def _watched(self) -> Iterator[StoredSlide]:
+        """The slide; damage that is found in it hides it from every reader, and so is a reason to cut it again."""
+        slide = self._store.slide(self.slide_id)
+        try:
+            yield slide
+        except DamageError as error:
+            slide.node.fail(f"{error.subject}: {error.problem}")
+            raise
+
+    def prepare(self, work: Work) -> Prepared:
+        """Check that the tiles fit the model and can be had."""
+        with self._watched() as slide:
+            if not slide.has_pixels:
+                _check_source(slide)
+        count, shard = slide.count, tiles_per_shard(slide.spec.size_px)
+        step = max(1, TILES_PER_BLOCK // shard) * shard
+        return Prepared([Block(start, min(start + step, count)) for start in range(0, count, step)], count)
+
+    def run(self, block: Block, info: dict[str, Any], work: Work) -> NDArray[np.float32]:
+        """Score a block; reading the next batch and scoring this one overlap. float32 (n,) or (n, class)."""
+        runtime = loaded(self.folder, self.form, work.capacity.threads)
+        scored = []
+        with self._watched() as slide, ThreadPoolExecutor(1, thread_name_prefix="read") as executor:
+            batches = _batches(slide, block, self.batch_size, work.capacity.threads)
+            coming = executor.submit(next, batches, None)
+            while (tiles := coming.result()) is not None:
+                coming = executor.submit(next, batches, None)
+                scored.append(runtime.predict(tiles))
+                work.report(len(tiles))
+        return np.concatenate(scored)
+
+    def finish(self, prepared: Prepared, results: list[NDArray[np.float32]], work: Work) -> Outcome:
+        """Write the map and the record that makes it exist."""
+        fields = self.fields
+        with self._watched() as slide:
+            cells = slide.cell
+        nothing = np.zeros((0, *results[0].shape[1:]) if results else 0, np.float32)
+        probability = np.concatenate([nothing, *results])
+        if not np.isfinite(probability).all():
+            raise SlideError(self.slide_id, f"{fields.name} gave probabilities that are not numbers")
+        arrays = {"probability": probability}
+        if fields.context:
+            from wsi_idc.model.context import in_context
+
+            arrays = {"alone": probability, "probability": in_context(probability, cells, slide.spec, fields.context)}
+        image = _image(slide, cells, arrays["probability"])
+        node = self._node
+        node.begin()
+        checksums = {name: node.put(name, values, ("tile", "class")[: values.ndim]) for name, values in arrays.items()}
+        checksums["0"] = node.put("0", image, ("c", "y", "x")[-image.ndim :])
+        complete = {
+            "tiles": prepared.tiles,
+            "positive": _positive(fields, arrays["probability"]),
+            "made_from": {"tiles": slide.identity, **self.need},
+            "checksums": checksums,
+            "versions": versions(self.form),
+        }
+        about = {
+            "model": {
+                "name": fields.name,
+                "title": fields.title,
+                "file": self.form.file,
+                "digest": self.form.digest,
+                "engine": self.form.engine,
+                "precision": self.form.precision,
+                "classes": list(fields.classes),
+                "threshold": fields.operating_point,
+            },
+            "slide_id": self.slide_id,
+            "patient_id": slide.patient_id,
+            "use": USE,
+        }
+        node.commit({"ome": ngff_image(slide, fields, image.ndim), **about, "complete": complete})
+        return Outcome("done", tiles=prepared.tiles)
+
+    def fail(self, reason: str) -> None:
+        """See `Job.fail`."""
+        self._node.fail(reason)
+
+
+def _check_source(slide: StoredSlide) -> None:
+    """Refuse a slide file that is no longer the one whose tissue was found."""
+    path = Path(slide.path)
+    try:
+        same = fingerprint(path) == slide.made_from["source"]
+    except OSError as error:
+        raise SlideError(path, f"cannot be read ({system_reason(error)})", "check the file") from error
+    if not same:
+        raise SlideError(path, "changed since it was extracted", "run wsi-idc extract again")
+
+
+def _batches(slide: StoredSlide, block: Block, batch: int, threads: int) -> Iterator[NDArray[np.uint8]]:
+    """Tiles of a block in batches: from the store, or straight from the slide; the same pixels either way."""
+    if slide.has_pixels:
+        yield from _rebatched(slide.read_tiles(block.start, block.stop), batch)
+        return
+    from wsi_idc.reader import read_tiles
+
+    def opener() -> Slide:
+        return open_slide(Path(slide.path), slide.made_from["slide um/px"])
+
+    yield from read_tiles(opener, slide.grid, slide.cell[block.start : block.stop], batch=batch, threads=threads)
+
+
+def _rebatched(parts: Iterator[NDArray[np.uint8]], batch: int) -> Iterator[NDArray[np.uint8]]:
+    """The same tiles in batches of one size, the last one shorter."""
+    held: list[NDArray[np.uint8]] = []
+    count = 0
+    for part in parts:
+        held.append(part)
+        count += len(part)
+        if count < batch:
+            continue
+        tiles = held[0] if len(held) == 1 else np.concatenate(held)
+        whole = count // batch * batch
+        for start in range(0, whole, batch):
+            yield tiles[start : start + batch]
+        held, count = [tiles[whole:]] if whole < count else [], count - whole
+    if count:
+        yield np.concatenate(held)
+
+
+def _image(slide: StoredSlide, cells: NDArray[np.int32], probability: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The map: float32 (rows, columns), or (class, rows, columns); NaN where there is no tile."""
+    image = np.full((*probability.shape[1:], *slide.grid.shape), np.nan, np.float32)
+    image[..., cells[:, 0], cells[:, 1]] = probability.T
+    return image
+
+
+def _positive(fields: Bundle, probability: NDArray[np.float32]) -> int | None:
+    """Tiles that the model calls positive; None for a model that has no operating point."""
+    return int((fields.positive_of(probability) >= fields.operating_point).sum())
+
+
+def ngff_image(slide: StoredSlide, fields: Bundle, dimensions: int) -> dict[str, Any]:
+    """OME-NGFF 0.5 metadata of a map (https://ngff.openmicroscopy.org/0.5/).
+
+    A pixel of the map is a cell of the grid, so the scale is the stride. The translation is the centre of the first
+    tile as seen from the centre of the slide's first pixel: viewers put a pixel's centre at its coordinate, and so map
+    and slide lie on each other. A map of several classes has a channel for each.
+    """
+    spec = slide.spec
+    pitch = spec.stride_px * spec.mpp
+    side = spec.size_px * spec.mpp
+    x, y = slide.mpp
+    axes: list[dict[str, str]] = [{"name": name, "type": "space", "unit": "micrometer"} for name in ("y", "x")]
+    scale, translation = [pitch, pitch], [(side - y) / 2, (side - x) / 2]
+    if dimensions == 3:
+        axes, scale, translation = [{"name": "c", "type": "channel"}, *axes], [1.0, *scale], [0.0, *translation]
+    transforms = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": translation}]
+    datasets = [{"path": "0", "coordinateTransformations": transforms}]
+    what = "P" if dimensions == 3 else f"P({fields.classes[-1]})"
+    return {"version": "0.5", "multiscales": [{"name": f"{what} {fields.name}", "axes": axes, "datasets": datasets}]}
+
+
+def versions(form: Form) -> dict[str, str]:
+    """What the map was made with."""
+    from importlib.metadata import version
+
+    return {"wsi-idc": __version__, **{name: version(name) for name in (form.engine, "zarr", "numpy")}}
