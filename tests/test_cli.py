@@ -108,6 +108,15 @@ def test_quiet_says_only_what_failed_and_verbose_what_was_skipped(wsi_idc, slide
     assert "skipped a: already done" in done.stdout
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_traceback_of_a_slide_that_failed_is_there_for_those_who_ask(wsi_idc, slides, workers):
+    arguments = ("extract", slides, "--only", "broken", "--workers", workers)
+    assert "Traceback" not in wsi_idc(*arguments, cwd=slides.parent).stderr
+    done = wsi_idc(*arguments, cwd=slides.parent, WSI_IDC_DEBUG="1")
+    assert done.stderr.startswith("failed broken: ")
+    assert "Traceback (most recent call last)" in done.stderr and "in find_tissue" in done.stderr
+
+
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(wsi_idc, slides):
     done = wsi_idc("extract", slides, "--dry-run", cwd=slides.parent)
     assert done.stdout.splitlines() == ["run   a: new", "run   b: new", "run   broken: new"]

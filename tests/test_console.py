@@ -76,3 +76,20 @@ def test_plain_lines_count_the_slides(capsys):
 def test_a_table_off_a_terminal_is_columns_of_text(capsys):
     Console().table(["slide", "tiles"], [["a", "12"], ["longer", "3"]])
     assert capsys.readouterr().out == "slide   tiles\na       12\nlonger  3\n"
+
+
+def test_what_files_say_cannot_move_the_cursor_or_hide(capsys):
+    """Before, escape sequences of paths, headers and tags reached the terminal raw."""
+    nasty = "a\x1b[31m\x07\u202eb\x9bc\r\td"
+    console = Console()
+    console.line(nasty)
+    console.trouble(nasty)
+    console.table(["slide"], [[nasty]])
+    output = capsys.readouterr()
+    assert "\x1b" not in output.out + output.err and "\r" not in output.out + output.err
+    assert output.out.splitlines()[0] == r"a\x1b[31m\x07\u202eb\x9bc\r\td"
+
+
+def test_text_in_any_language_is_left_as_it_is(capsys):
+    Console().line("Größe 组织 [tissue] Ünal")
+    assert capsys.readouterr().out == "Größe 组织 [tissue] Ünal\n"

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from wsi_idc.work.jobs import Listener, Outcome, Summary
 
 
+def printable(text: str) -> str:
+    """A text whose control characters, and those that turn or hide others, are shown as escapes.
+
+    Paths, headers and tags of files are other people's: raw, they could move the cursor or recolour a terminal.
+    """
+    return "".join(
+        character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text
+    )
+
+
 class Console:
     """Where a command's lines go: results to stdout, progress and trouble to stderr.
 
@@ -36,11 +46,11 @@ class Console:
     def line(self, text: str, *, level: int = 0) -> None:
         """A line of result, unless quieter than its level."""
         if not self.json_lines and self.verbosity >= level:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def trouble(self, text: str) -> None:
         """A line about something wrong; never silenced."""
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     def record(self, kind: str, **fields: Any) -> None:
         """A JSON line, where JSON was asked for."""
@@ -97,10 +107,11 @@ class Console:
         """A table on stdout: drawn on a terminal, columns of text otherwise."""
         if self.json_lines or self.verbosity < 0:
             return
+        header, rows = [printable(name) for name in header], [[printable(str(cell)) for cell in row] for row in rows]
         if not sys.stdout.isatty():
-            widths = [max(len(str(row[index])) for row in [header, *rows]) for index in range(len(header))]
+            widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
             for row in [header, *rows]:
-                print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+                print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
             return
         from rich.console import Console as RichConsole
         from rich.table import Table
@@ -109,7 +120,7 @@ class Console:
         for name in header:
             table.add_column(name, overflow="fold")
         for row in rows:
-            table.add_row(*(str(cell).replace("[", "\\[") for cell in row))
+            table.add_row(*(cell.replace("[", "\\[") for cell in row))
         RichConsole().print(table)
 
 
@@ -194,7 +205,7 @@ class SlideListener:
         if self._bar is None:
             self._console.trouble(line)
         else:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def _draw(self) -> None:
         if self._bar is None or self._task is None:

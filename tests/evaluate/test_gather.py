@@ -159,5 +159,5 @@ def test_tiles_alone_are_judged_beside_those_with_their_neighbours(store, bundle
     without = json.loads((tmp_path / "other" / "bundle.json").read_text())
     del without["context"]
     (tmp_path / "other" / "bundle.json").write_text(json.dumps(without))
-    with pytest.raises(UsageError, match=r"is stale \(model changed\)"):
+    with pytest.raises(UsageError, match=r"is stale \(threshold and context changed\)"):
         judge(store, read_bundle(tmp_path / "other"))
