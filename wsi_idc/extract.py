@@ -43,6 +43,8 @@ def wanted(row: Row, settings: ExtractSettings) -> dict[str, Any]:
     Raises:
         SlideError: the source cannot be read.
     """
+    if row.missing:
+        raise SlideError(row.path, row.missing, "correct the manifest or bring the file back")
     content = settings.content()
     tile = content.pop("tile")
     try:
