@@ -23,7 +23,7 @@ from wsi_idc.cluster import (
     threads_per_task,
     visible_gpus,
 )
-from wsi_idc.digests import checksum, file_digest, fingerprint
+from wsi_idc.digests import checksum, fingerprint
 from wsi_idc.errors import SlideError
 from wsi_idc.model.bundle import LoadedBundle, read_bundle
 from wsi_idc.model.config import Context
@@ -70,10 +70,8 @@ def choose_model(bundle: LoadedBundle, settings: InferSettings) -> ModelChoice:
         ModelError: it cannot run.
     """
     cuda = settings.gpus > 0
-    path, fields = bundle.model_file(settings.precision, cuda=cuda), bundle.fields
-    choice = ModelChoice(
-        bundle.folder, fields.name, path.name, file_digest(path), settings.precision, cuda, fields.context
-    )
+    form, fields = bundle.form(settings.precision, cuda=cuda), bundle.fields
+    choice = ModelChoice(bundle.folder, fields.name, form.file, form.digest, settings.precision, cuda, fields.context)
     if not cuda:
         # With the threads that a task will have: in this process it is then loaded already when the first one runs.
         load_runtime(choice, threads_per_task(Workers(settings.workers), settings.threads))
@@ -85,7 +83,8 @@ def load_runtime(choice: ModelChoice, threads: int) -> "Runtime":
     """The model, loaded once in each process."""
     from wsi_idc.model import runtime
 
-    return runtime.load_runtime(read_bundle(choice.folder), choice.precision, threads, cuda=choice.cuda)
+    bundle = read_bundle(choice.folder)
+    return runtime.load_runtime(bundle, bundle.form(choice.precision, cuda=choice.cuda), threads)
 
 
 def wanted(slide: "StoredSlide", choice: ModelChoice) -> dict[str, Any]:
@@ -258,7 +257,7 @@ class InferJob:
         threshold = bundle.fields.operating_point
         complete = {
             "tiles": prepared.tiles,
-            "positive": int((probability >= threshold).sum()),
+            "positive": None if threshold is None else int((bundle.fields.positive_of(probability) >= threshold).sum()),
             "made_from": wanted(slide, self.choice),
             "checksums": {"probability": checksum(probability)},
             "versions": versions(self.choice),

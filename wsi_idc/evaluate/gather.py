@@ -110,6 +110,9 @@ def _name(model: LoadedBundle | HeldOut) -> str:
 
 def _of_bundle(store: Store, bundle: LoadedBundle, slides: Sequence[StoredSlide], *, alone: bool) -> list[Result]:
     fields = bundle.fields
+    if fields.operating_point is None:
+        problem = f"positive: says not which of its {len(fields.classes)} classes is evaluated"
+        raise UsageError(fields.name, problem, "add positive and threshold to its bundle.json")
     kinds = [("probability", "", fields.operating_point)]
     if alone and fields.context:
         kinds.append(("alone", ALONE, fields.threshold))
@@ -168,5 +171,5 @@ def _probabilities(
         if made_from["tiles"] != slide.identity or not same:
             problem = f"its map by {name} is of older tiles or another version"
             raise UsageError(slide.slide_id, problem, "run wsi-idc infer")
-        parts.append(np.asarray(node.array(array)[...], np.float32))
+        parts.append(bundle.fields.positive_of(np.asarray(node.array(array)[...], np.float32)))
     return np.concatenate(parts)
