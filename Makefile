@@ -30,8 +30,8 @@ test: $(STAMP)  ## Run the tests
 test-slow: $(STAMP)  ## Run the tests that take minutes too
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-lint: $(STAMP)  ## Check style
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(STAMP)  ## Check style, and that imports go downwards only
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache
 
 types: $(STAMP)  ## Check types
 	$(BIN)/mypy

@@ -110,26 +110,35 @@ def damage(path: Path) -> Path:
     return path
 
 
-def write_bundle(folder: Path, size_px: int = 50, mpp: float = 4.0, **fields) -> Path:
-    """A bundle whose probability is the mean of a tile's pixels over 255."""
+def write_bundle(folder: Path, size_px: int = 50, mpp: float = 4.0, outputs: int = 1, **fields) -> Path:
+    """A bundle whose probability is the mean of a tile's pixels over 255.
+
+    With more than one of `outputs`, the softmax of so many numbers: four times the mean of each channel over 255, and
+    zero from the fourth on.
+    """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     folder.mkdir(parents=True, exist_ok=True)
+    several = outputs > 1
     nodes = [
         helper.make_node("Cast", ["tiles"], ["pixels"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["pixels", "axes"], ["mean"], keepdims=0),
-        helper.make_node("Div", ["mean", "most"], ["probability"]),
+        helper.make_node("Div", ["mean", "most"], ["share" if several else "probability"]),
     ]
     constants = [
-        numpy_helper.from_array(np.array([1, 2, 3], np.int64), "axes"),
+        numpy_helper.from_array(np.array([1, 2] if several else [1, 2, 3], np.int64), "axes"),
         numpy_helper.from_array(np.array(255, np.float32), "most"),
     ]
+    if several:
+        nodes.append(helper.make_node("MatMul", ["share", "weights"], ["logits"]))
+        nodes.append(helper.make_node("Softmax", ["logits"], ["probability"], axis=1))
+        constants.append(numpy_helper.from_array(4 * np.eye(3, outputs, dtype=np.float32), "weights"))
     graph = helper.make_graph(
         nodes,
         "mean",
         [helper.make_tensor_value_info("tiles", TensorProto.UINT8, ["n", size_px, size_px, 3])],
-        [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["n", outputs] if several else ["n"])],
         constants,
     )
     onnx.save(

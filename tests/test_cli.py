@@ -184,6 +184,16 @@ def test_all_faults_of_a_manifest_are_told_at_once(wsi_idc, tmp_path):
     assert not (tmp_path / "tiles.zarr").exists()
 
 
+def test_a_missing_slide_is_exit_code_1_and_with_strict_2(wsi_idc, slides):
+    (slides.parent / "a.tif").unlink()
+    done = wsi_idc("extract", slides, "--strict", cwd=slides.parent)
+    assert done.returncode == 2 and "no such file or folder" in done.stderr
+    assert not (slides.parent / "tiles.zarr").exists()
+    done = wsi_idc("extract", slides, cwd=slides.parent)
+    assert done.returncode == 1
+    assert "failed a: no such file or folder" in done.stderr and "done b" in done.stdout
+
+
 def test_a_store_that_is_held_is_exit_code_75(wsi_idc, slides):
     wsi_idc("extract", slides, cwd=slides.parent)
     from wsi_idc.store import hold_store

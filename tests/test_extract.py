@@ -336,3 +336,11 @@ def test_the_store_is_a_hierarchy_that_zarr_and_xarray_walk(slides, recorder):
         slide = xarray.open_zarr(slides.parent / "tiles.zarr", group="slides/a", consolidated=False)
     assert slide["tiles"].dims == ("tile", "y", "x", "c")
     assert slide["thumbnail"].dims == ("thumbnail_y", "thumbnail_x", "c")
+
+
+def test_one_missing_slide_fails_alone(slides, recorder):
+    (slides.parent / "a.tif").unlink()
+    summary, store = run(slides, recorder)
+    assert "no such file or folder (looked for" in summary.failures["a"]
+    assert summary.outcomes["b"].status == "done"
+    assert "no such file" in store.slide_node("a").record().failed

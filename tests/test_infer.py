@@ -119,7 +119,7 @@ def test_the_second_run_does_nothing_and_changes_are_reasons(extracted, bundle, 
     ("change", "reason"),
     [
         ({"threshold": 0.7}, "threshold changed"),
-        ({"classes": ["healthy", "tumour"]}, "classes changed"),
+        ({"classes": ["healthy", "tumour"]}, "classes and positive class changed"),
         ({"context": CONTEXT}, "threshold and context changed"),
     ],
 )
@@ -333,3 +333,36 @@ def test_a_context_that_cannot_be_is_named(make, tmp_path):
     bundle = make.write_bundle(tmp_path / "bad", context={**CONTEXT, "reach_um": -1.0})
     with pytest.raises(ModelError, match=r"context\.reach_um"):
         read_bundle(bundle)
+
+
+def test_a_map_of_several_classes_has_a_channel_for_each(extracted, make, tmp_path, recorder, slides):
+    import warnings
+
+    from yaozarrs import validate_zarr_store
+
+    bundle = make.write_bundle(tmp_path / "three", classes=["stroma", "fat", "tumour"], positive="tumour")
+    path = extracted()
+    summary, store = score(path, bundle, recorder)
+    assert summary.done == 2
+    slide, found = store.slide("a"), store.map("mean", "a")
+    assert found.read("probability").shape == (24, 3)
+    image = found.read("0")
+    assert image.shape == (3, *slide.grid.shape)
+    assert np.array_equal(image[:, slide.cell[:, 0], slide.cell[:, 1]].T, found.read("probability"))
+    (multiscale,) = found.attributes["ome"]["multiscales"]
+    assert [axis["name"] for axis in multiscale["axes"]] == ["c", "y", "x"]
+    assert multiscale["axes"][0]["type"] == "channel"
+    assert found.record.complete["positive"] == int((found.read("probability")[:, 2] >= 0.5).sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        validate_zarr_store(f"{store.address}/{found.node.path}")
+    assert score(path, bundle, recorder)[0].skipped == 2
+
+
+def test_a_slide_without_tiles_gets_an_empty_map_of_every_class(extracted, make, tmp_path, recorder, slides):
+    make.write_tiff(slides.parent / "a.tif", np.full((400, 500, 3), 244, np.uint8))
+    bundle = make.write_bundle(tmp_path / "three", classes=["stroma", "fat", "tumour"])
+    _, store = score(extracted(), bundle, recorder)
+    found = store.map("mean", "a")
+    assert (found.read("probability").shape, found.read("0").shape) == ((0, 3), (3, 8, 10))
+    assert found.record.complete["positive"] is None

@@ -1,5 +1,7 @@
 """A manifest is read whole, or refused with every fault named."""
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,15 +26,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(folder: Path, text: str | bytes) -> list[Row]:
+def read(folder: Path, text: str | bytes, **how: bool) -> list[Row]:
     path = folder / "manifest.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_manifest(path)
+    return read_manifest(path, **how)
 
 
-def faults(folder: Path, text: str | bytes) -> list[str]:
+def faults(folder: Path, text: str | bytes, **how: bool) -> list[str]:
     with pytest.raises(ManifestError) as caught:
-        read(folder, text)
+        read(folder, text, **how)
     assert caught.value.exit_code == 2
     return caught.value.faults
 
@@ -85,7 +87,7 @@ def test_all_faults_are_reported_together_with_line_column_and_value(folder: Pat
         "b.svs,b,P2,1e9,dicom.1,trainn\n"
         "b.svs\n"
     )
-    found = faults(folder, text)
+    found = faults(folder, text, strict=True)
     assert [tuple(fault.split(": ")[0].split(", ", 2)) for fault in found] == [
         ("line 2", "column annotation", "'gone.geojson'"),
         ("line 2", "column slide_id", "'quoted\\nid'"),
@@ -102,6 +104,105 @@ def test_all_faults_are_reported_together_with_line_column_and_value(folder: Pat
     assert all("; " in fault for fault in found)
     assert "did you mean 'train'" in found[8]
     assert "differs only in case from the slide_id of line 4" in found[9]
+
+
+def test_a_slide_that_is_not_there_is_its_own_failure(folder: Path) -> None:
+    rows = read(folder, "path,annotation,mask\na.svs,,\ngone.svs,,\nb.svs,gone.xml,\nc.ome.tiff,,dicom.1\n")
+    assert [row.slide_id for row in rows] == ["a", "gone", "b", "c.ome"]
+    assert [row.missing for row in rows] == [
+        "",
+        f"no such file or folder (looked for {folder}/gone.svs)",
+        f"annotation 'gone.xml': no such file or folder (looked for {folder}/gone.xml)",
+        "mask 'dicom.1': is a folder",
+    ]
+
+
+def test_a_manifest_of_which_no_slide_is_there_is_refused(folder: Path) -> None:
+    found = faults(folder, "path,annotation\ngone.svs,\na.svs,gone.xml\n")
+    assert [fault.split(": ")[0] for fault in found] == [
+        "line 2, column path, 'gone.svs'",
+        "line 3, column annotation, 'gone.xml'",
+    ]
+
+
+def test_a_fault_of_a_column_is_one_whatever_is_missing(folder: Path) -> None:
+    (found,) = faults(folder, "path,split\na.svs,tset\ngone.svs,\n")
+    assert "did you mean 'test'" in found
+
+
+def test_strict_takes_no_manifest_with_a_missing_slide(folder: Path) -> None:
+    (found,) = faults(folder, "path\na.svs\ngone.svs\n", strict=True)
+    assert found.startswith("line 3, column path, 'gone.svs': no such file or folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "slide_id"),
+    [("x.svs", "x"), ("x.ome.tif", "x.ome"), ("1.2.840.113", "1.2.840.113"), ("x.zarr", "x.zarr"), ("8863", "8863")],
+)
+def test_the_default_id_of_a_missing_slide_is_that_it_has_when_it_is_there(folder: Path, name: str, slide_id: str):
+    assert read(folder, f"path\na.svs\n{name}\n")[1].slide_id == slide_id
+    (folder / name).mkdir() if slide_id == name else (folder / name).touch()
+    assert read(folder, f"path\na.svs\n{name}\n")[1].slide_id == slide_id
+
+
+def test_what_is_neither_file_nor_folder_is_never_opened(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.svs")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / "socket.svs"))
+        rows = read(folder, "path,mask\na.svs,\npipe.svs,\nsocket.svs,\n/dev/null,\nb.svs,pipe.svs\n")
+    reason = "is not a file or folder"
+    assert [row.missing for row in rows] == ["", reason, reason, reason, f"mask 'pipe.svs': {reason}"]
+    with pytest.raises(ManifestError, match="is a pipe or a device"):
+        read_manifest(folder / "pipe.svs")
+
+
+MISSPELT = {
+    "slide_id": ["slideid", "Slide_ID", "slide id", "slide-id", "slied_id", "slid_id"],
+    "patient_id": [
+        "pateint_id",
+        "patient",
+        "Patient_ID",
+        "patientID",
+        "patients",
+        "patient_no",
+        "patien_id",
+        "patient_name",
+    ],
+    "mpp": ["MPP", "Mpp", "microns_per_pixel", "um_per_px", "um/px", "mmp"],
+    "annotation": [
+        "annotations",
+        "Annotation",
+        "anotation",
+        "annotaton",
+        "annotation_file",
+        "annotation_path",
+        "annot",
+    ],
+    "mask": ["masks", "Mask", "maks", "mask_path", "mask_file", "tissue_mask"],
+    "split": ["splitt", "spilt", "splits", "Split", "splt", "data_split"],
+    "label": ["labels", "Label", "lable", "labell"],
+}
+METADATA = """
+site scanner stain age notes block sex grade stage diagnosis hospital date magnification objective er pr her2 ki67
+barcode case case_id study_id sample_id specimen_id subject_id patient_age patient_sex label_source annotator
+annotated annotated_by annotation_date annotation_tool mask_source split_seed slide_number slide_type slide_name
+slide file filename image width height comment tissue organ cohort batch center centre fold mpp_x mpp_y level size
+format vendor url md5 task mark table tag status weight plate spot lab labelled masked group dataset series
+laterality class subtype institution country year height_px width_px resolution pixel_size power quality remarks
+scan_date uuid paths Path path2 block_id Scanner AGE Süd
+"""
+
+
+@pytest.mark.parametrize(("meant", "written"), [(meant, name) for meant, names in MISSPELT.items() for name in names])
+def test_a_column_that_looks_like_one_of_ours_is_a_fault(folder: Path, meant: str, written: str) -> None:
+    (found,) = faults(folder, f"path,{written}\na.svs,\n")
+    assert found.startswith(f"line 1, column {written}, ") and f"did you mean {meant!r}?" in found
+    assert read(folder, f"path,{meant},{written}\na.svs,,kept\n")[0].metadata == {written: "kept"}
+
+
+@pytest.mark.parametrize("name", METADATA.split())
+def test_other_columns_are_metadata(folder: Path, name: str) -> None:
+    assert read(folder, f"path,{name}\na.svs,x\n")[0].metadata == {name: "x"}
 
 
 def test_ids_that_a_file_system_takes_for_one_are_duplicates(folder: Path) -> None:
@@ -126,7 +227,9 @@ def test_a_patient_without_a_split_leaks_nothing(folder: Path) -> None:
         ("x,y\n1,2\n", "add a column 'path'"),
         ("path;mpp\na.svs;1\n", "separated by ';'"),
         ("path,path\na.svs,a.svs\n", "twice"),
-        ("path,MPP\na.svs,1\n", "write 'mpp'"),
+        ("path,MPP\na.svs,1\n", "did you mean 'mpp'?"),
+        ("path,split\na.svs,validation\n", "did you mean 'val'?"),
+        ("path,split\na.svs,holdout\n", "write train, val or test"),
         ('path\n""\n', "no slides"),
         ("path,mpp\n,1\n", "column path, '': is empty"),
         ('path,mpp\na.svs,"0,25"\n', "write 0.25"),

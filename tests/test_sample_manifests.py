@@ -76,3 +76,16 @@ def test_the_sample_is_extracted(name, tmp_path, make, recorder):
             inside = ((slide.cell >= 2) & (slide.cell < 4)).all(axis=1)
             assert np.array_equal(slide.idc, inside.astype(np.float32))
             assert (slide.patient_id, slide.split) == (row.patient_id, row.split)
+
+
+def test_a_slide_that_misses_a_file_fails_alone(tmp_path, make, recorder):
+    annotated(tmp_path, make)
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text((SAMPLES / "annotated.csv").read_text())
+    (tmp_path / "slide-1.geojson").unlink()
+    (tmp_path / "slide-2.tif").unlink()
+    summary = extract(read_manifest(manifest), tmp_path / "tiles.zarr", ExtractSettings(), listener=recorder)
+    assert sorted(summary.failures) == ["case-1a", "case-2a"]
+    assert "annotation 'slide-1.geojson': no such file" in summary.failures["case-1a"]
+    assert "no such file or folder (looked for" in summary.failures["case-2a"]
+    assert open_store(tmp_path / "tiles.zarr").slide_ids() == ["case-3a"]

@@ -1,6 +1,7 @@
 """A folder of slides becomes a manifest that reads back as the same rows."""
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wsi_idc.errors import ManifestError, UsageError
-from wsi_idc.manifest import COLUMNS, SPLITS, Row, read_manifest
+from wsi_idc.errors import ManifestError, SlideError, UsageError
+from wsi_idc.manifest import COLUMNS, SPLITS, Row, look_alike, read_manifest
 from wsi_idc.names import check_slide_id, same_name
-from wsi_idc.scan import Kind, _clean, read_split_file, scan, write_manifest
+from wsi_idc.scan import Kind, _clean, fill_mpp, read_split_file, scan, write_manifest
 from wsi_idc.units import MPP_RANGE
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -127,7 +128,7 @@ def test_a_scan_reads_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 words = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=20).map(str.strip)
-keys = words.filter(lambda text: text and text.casefold() not in COLUMNS and not text.startswith("\ufeff"))
+keys = words.filter(lambda text: text and look_alike(text, COLUMNS) is None and not text.startswith("\ufeff"))
 
 
 @quick
@@ -183,7 +184,7 @@ def test_any_name_can_be_made_a_slide_id(text: str) -> None:
 
 def test_a_split_file_gives_the_split_of_each_patient(tmp_path: Path) -> None:
     path = tmp_path / "splits.csv"
-    path.write_text("patient_id,slide_id,split\nP1,,train\nP2,s,extra\n,s3,Val\nP1,,train\nP4,,\nP4,,test\n")
+    path.write_text("patient_id,slide_id,split\nP1,,train\nP2,s,\n,s3,Val\nP1,,train\nP4,,\nP4,,test\n")
     assert read_split_file(path) == {"P1": "train", "P2": "", "s3": "val", "P4": "test"}
 
 
@@ -195,6 +196,9 @@ def test_a_split_file_gives_the_split_of_each_patient(tmp_path: Path) -> None:
         ("patient_id,split\nP,train\n,val\nP,test\n", "line 3, column patient_id"),
         ("patient_id,split\nP,train\nP,test\n", "'P' is in 'train' at line 2"),
         ("", "is empty"),
+        ("patient_id,split\nP,train\nQ,tset\n", "line 3, column split, 'tset': is not a split; did you mean 'test'?"),
+        ("patient_id,split\nP,holdout\n", "line 2, column split, 'holdout': .*write train, val or test"),
+        ("slide_id,pateint_id,split\ns,P,train\n", "column pateint_id, .*did you mean 'patient_id'?"),
     ],
 )
 def test_faults_of_a_split_file_are_named(tmp_path: Path, text: str, said: str) -> None:
@@ -202,6 +206,76 @@ def test_faults_of_a_split_file_are_named(tmp_path: Path, text: str, said: str) 
     path.write_text(text)
     with pytest.raises(ManifestError, match=said):
         read_split_file(path)
+
+
+def test_ids_of_a_split_file_that_fit_nothing_are_told_and_slides_left_without_a_split(tmp_path: Path) -> None:
+    make(tmp_path, *(f"{stem}.svs" for stem in "abcdef"))
+    found = scan(tmp_path, detect, {"a": "train", "B": "test", "c": "", "x1": "val", "x2": "val", "x3": "val"})
+    assert found.lines() == [
+        "4 ids of the split file are of no slide found: 'B', 'x1', 'x2', ...",
+        "5 of 6 slides have no split: 'b', 'c', 'd', ...",
+    ]
+    assert scan(tmp_path, detect, dict.fromkeys("abcdef", "train")).lines() == []
+    assert scan(tmp_path, detect).lines() == []
+
+
+def test_mpp_is_for_slides_that_have_none(tmp_path: Path) -> None:
+    rows = [Row(name, tmp_path / name, name) for name in ("good", "none", "broken")]
+
+    def lacks(path: Path) -> bool:
+        if path.name == "broken":
+            raise SlideError(path, "not a slide", "see the formats")
+        return path.name == "none"
+
+    filled, lines = fill_mpp(rows, 0.25, lacks)
+    assert [row.mpp for row in filled] == [None, 0.25, None]
+    assert lines == [
+        f"no um/px given to {str(tmp_path / 'broken')!r}: not a slide; see the formats",
+        "0.25 um/px given to 1 of 3 slides; the others have their own or cannot be opened",
+    ]
+
+
+def test_an_mpp_that_no_slide_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--mpp"):
+        fill_mpp([], 250.0, lambda path: True)
+
+
+def test_the_command_gives_mpp_only_where_it_is_needed(wsi_idc, make, tmp_path: Path) -> None:
+    pixels = make.texture(64, 64)
+    make.write_tiff(tmp_path / "has.tif", pixels, 4.0)
+    make.write_tiff(tmp_path / "lacks.tif", pixels, None)
+    make.write_tiff(tmp_path / "impossible.tif", pixels, 1000.0)
+    (tmp_path / "broken.tif").write_bytes(b"II*\0")
+    done = wsi_idc("manifest", ".", "--mpp", 0.5, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split(",")[1]: line.split(",")[3] for line in done.stdout.splitlines()}
+    assert rows == {"slide_id": "mpp", "has": "", "lacks": "0.5", "impossible": "0.5", "broken": ""}
+    assert "0.5 um/px given to 2 of 4 slides" in done.stderr and "broken.tif" in done.stderr
+
+
+def test_the_command_tells_of_a_split_file_that_does_not_fit(wsi_idc, tmp_path: Path) -> None:
+    (tmp_path / "a.svs").write_bytes(b"")
+    (tmp_path / "splits.txt").write_text("patient_id,split\nA,test\n")
+    done = wsi_idc("manifest", ".", "--split-file", "splits.txt", cwd=tmp_path)
+    assert "1 id of the split file is of no slide found: 'A'" in done.stderr
+    assert "1 of 1 slides have no split: 'a'" in done.stderr
+
+
+def test_a_manifest_that_is_there_is_replaced_only_when_asked(wsi_idc, tmp_path: Path) -> None:
+    (tmp_path / "a.svs").write_bytes(b"")
+    (tmp_path / "m.csv").write_text("by hand")
+    done = wsi_idc("manifest", ".", "-o", "m.csv", cwd=tmp_path)
+    assert done.returncode == 2 and "m.csv: is there already; add --force" in done.stderr
+    assert (tmp_path / "m.csv").read_text() == "by hand"
+    assert wsi_idc("manifest", ".", "-o", "m.csv", "--force", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "m.csv").read_text().startswith("path,")
+
+
+def test_a_pipe_is_never_replaced_by_a_manifest(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="is not a file"):
+        write_manifest(tmp_path / "pipe", [])
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_what_was_left_out_is_told_in_lines():

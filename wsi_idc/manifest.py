@@ -8,6 +8,7 @@ import difflib
 import io
 import math
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,17 @@ COLUMNS = ("path", "slide_id", "patient_id", "mpp", "annotation", "mask", "split
 """The columns that mean something; all others are metadata."""
 
 _MAX_FILE_BYTES = 256 * 1024 * 1024
-_ALIASES = frozenset({"file", "filename", "filepath", "slide", "slide_path", "image", "image_path", "wsi"})
+_PATH_ALIASES = frozenset({"file", "filename", "filepath", "slide", "slide_path", "image", "image_path", "wsi"})
+_ALIASES = {
+    **dict.fromkeys(("patient", "patients", "patientno", "patientnr", "patientnumber", "patientname"), "patient_id"),
+    **dict.fromkeys(("micronsperpixel", "umperpixel", "umperpx", "umpx", "mmp"), "mpp"),
+    **dict.fromkeys(("annot", "annotationfile", "annotationpath", "geojson"), "annotation"),
+    **dict.fromkeys(("maskfile", "maskpath", "tissuemask"), "mask"),
+    **dict.fromkeys(("datasplit", "splitset"), "split"),
+}
+"""Other words for our columns, as letters and digits alone."""
+_LIKENESS = 0.87
+"""Of `difflib`, from which a word is a misspelling: `splt` is one of split, `annotator` none of annotation."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,8 @@ class Row:
         label: as it stands.
         metadata: the other columns.
         line: where the row starts in the manifest, from 1; 0: in no file.
+        missing: why the slide, its annotation or its mask cannot be had; "": all are there. Such a slide fails alone:
+            without its annotation or mask it would be another slide.
     """
 
     slide_id: str
@@ -51,6 +64,7 @@ class Row:
     label: str = ""
     metadata: dict[str, str] = field(default_factory=dict, hash=False)
     line: int = 0
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,17 +75,27 @@ class Table:
     rows: list[tuple[int, dict[str, str]]]
 
 
-def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
+def read_manifest(path: str | os.PathLike[str], *, strict: bool = False) -> list[Row]:
     """The slides of a manifest, in its order.
 
+    A slide, annotation or mask that is not there is told in its row's `missing`, and is that slide's failure.
+
+    Args:
+        path: a CSV file.
+        strict: a file that is missing is a fault of the manifest.
+
     Raises:
-        ManifestError: every fault of the manifest, each with its line, column and value.
+        ManifestError: every fault of the manifest, each with its line, column and value. Files that are missing are
+            faults where every row misses one: then the manifest is wrong, or a disk is away.
     """
     path = Path(path)
     faults: list[tuple[int, str]] = []
+    missing: list[tuple[int, str]] = []
     table = read_table(path, faults)
     faults += _header_faults(table)
-    rows = [_read_row(path.absolute().parent, line, values, faults) for line, values in table.rows]
+    rows = [_read_row(path.absolute().parent, line, values, faults, missing) for line, values in table.rows]
+    if strict or all(row.missing for row in rows):
+        faults = missing + faults
     if not table.rows and not faults:
         faults.append((0, "no slides: only a header; add a line for each slide"))
     _check_ids(rows, table.columns, faults)
@@ -126,6 +150,10 @@ def read_table(path: Path, faults: list[tuple[int, str]]) -> Table:
 def _read_text(path: Path, faults: list[tuple[int, str]]) -> str:
     """The file's text, or "" and a fault."""
     try:
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            # Opening a pipe that nobody writes to would wait for ever.
+            faults.append((0, "is a pipe or a device; give a CSV file"))
+            return ""
         with path.open("rb") as stream:
             data = stream.read(_MAX_FILE_BYTES + 1)
     except FileNotFoundError:
@@ -168,46 +196,98 @@ def _records(text: str, faults: list[tuple[int, str]]) -> list[tuple[int, list[s
 
 
 def _header_faults(table: Table) -> list[tuple[int, str]]:
-    """A missing path column, and columns that were surely meant as ours."""
+    """A missing path column, and columns that were probably meant as ours."""
     if not table.columns:
         return []
     faults = []
     if "path" not in table.columns:
         header = ", ".join(table.columns)
-        by_hand = [name for name in table.columns if name.casefold() in _ALIASES | {"path"}]
+        by_hand = [name for name in table.columns if name.casefold() in _PATH_ALIASES | {"path"}]
         close = by_hand or difflib.get_close_matches("path", table.columns, n=1, cutoff=0.5)
         advice = f"rename {close[0]!r} to 'path'" if close else "add a column 'path' with each slide's file"
         if len(table.columns) == 1 and (separator := next((mark for mark in ";\t" if mark in header), "")):
             advice = f"the fields are separated by {separator!r}: save the file with commas"
         faults.append((1, fault("path", header, "the header has no column 'path'", advice)))
-    for name in table.columns:
-        if name != name.casefold() and name.casefold() in COLUMNS[1:] and name.casefold() not in table.columns:
-            problem = f"differs from {name.casefold()!r} only in case, and would be ignored"
-            faults.append((1, fault(name, name, problem, f"write {name.casefold()!r}")))
+    return faults + look_alike_faults(table.columns, COLUMNS[1:])
+
+
+def look_alike_faults(columns: Sequence[str], known: Sequence[str]) -> list[tuple[int, str]]:
+    """A fault for each column that is probably one of the known ones misspelt; none where that one is there too.
+
+    Were they taken for metadata, patients would leak between splits, and slides would lose labels or um/px, unseen.
+
+    Args:
+        columns: a header.
+        known: the columns that mean something there.
+    """
+    faults = []
+    for name in columns:
+        meant = look_alike(name, known)
+        if meant is not None and name != meant and meant not in columns:
+            advice = f"did you mean {meant!r}? Rename it, to something else where it is metadata"
+            faults.append((1, fault(name, name, "is not a column that is known, and would be ignored", advice)))
     return faults
 
 
-def _read_row(base: Path, line: int, values: Mapping[str, str], faults: list[tuple[int, str]]) -> Row:
-    """One row; its faults are added to `faults`, with harmless values in their place."""
+def look_alike(name: str, known: Sequence[str]) -> str | None:
+    """Which of the known columns a column's name is, or is probably meant to be."""
+    letters = {_letters(column): column for column in known}
+    own = _letters(name)
+    if own in letters:
+        return letters[own]
+    if _ALIASES.get(own) in known:
+        return _ALIASES[own]
+    swapped = [column for word, column in letters.items() if sorted(word) == sorted(own)]
+    close = difflib.get_close_matches(own, letters, n=1, cutoff=_LIKENESS)
+    return next(iter([*swapped, *(letters[word] for word in close)]), None)
+
+
+def _letters(name: str) -> str:
+    """A name without what people write differently: case, spaces and marks."""
+    return "".join(filter(str.isalnum, name.casefold()))
+
+
+def split_advice(word: str) -> str:
+    """What to write in place of a word that is no split."""
+    word = word.casefold()
+    close = [name for name in SPLITS if word.startswith(name)] or difflib.get_close_matches(word, SPLITS, n=1)
+    return f"did you mean {close[0]!r}?" if close else "write train, val or test, or leave it empty"
+
+
+def _read_row(
+    base: Path,
+    line: int,
+    values: Mapping[str, str],
+    faults: list[tuple[int, str]],
+    missing: list[tuple[int, str]],
+) -> Row:
+    """One row; its faults are added to `faults`, with harmless values in their place, and lost files to `missing`."""
+    lost: list[str] = []
 
     def report(column: str, problem: str, advice: str) -> None:
         faults.append((line, fault(column, values.get(column, ""), problem, advice)))
 
+    def report_missing(column: str, problem: str, advice: str) -> None:
+        missing.append((line, fault(column, values[column], problem, advice)))
+        lost.append(problem if column == "path" else f"{column} {values[column]!r}: {problem}")
+
     written = values.get("path", "")
     path = _absolute(base, written)
+    absent = _missing(path)
     if "path" in values:
         if not written:
             report("path", "is empty", "write the slide's file or folder")
-        elif problem := _missing(path):
-            report("path", problem, "correct the path or remove the line")
+            lost.append("is empty")
+        elif absent:
+            report_missing("path", absent, "correct the path or remove the line")
     companions: dict[str, Path | None] = {"annotation": None, "mask": None}
     for column in companions:
         if values.get(column):
             companions[column] = file = _absolute(base, values[column])
             if problem := _missing(file) or ("is a folder" if file.is_dir() else ""):
-                report(column, problem, "correct the path or leave the field empty")
+                report_missing(column, problem, "correct the path or leave the field empty")
 
-    slide_id = values.get("slide_id") or (path.name if not _missing(path) and path.is_dir() else path.stem)
+    slide_id = values.get("slide_id") or _default_id(path, absent=bool(absent))
     if written and (bad_id := check_slide_id(slide_id)):
         column = "slide_id" if values.get("slide_id") else "path"
         what = bad_id if column == "slide_id" else f"its default slide_id {slide_id!r} {bad_id}"
@@ -215,13 +295,29 @@ def _read_row(base: Path, line: int, values: Mapping[str, str], faults: list[tup
 
     mpp, split = _read_mpp(values.get("mpp", ""), report), values.get("split", "")
     if split and split not in SPLITS:
-        close = difflib.get_close_matches(split.casefold(), SPLITS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "write train, val or test, or leave it empty"
-        report("split", "is not a split", hint)
-    metadata = {name: value for name, value in values.items() if name not in COLUMNS}
-    patient_id = values.get("patient_id") or slide_id
-    label = values.get("label", "")
-    return Row(slide_id, path, patient_id, mpp, **companions, split=split, label=label, metadata=metadata, line=line)
+        report("split", "is not a split", split_advice(split))
+    return Row(
+        slide_id,
+        path,
+        values.get("patient_id") or slide_id,
+        mpp,
+        **companions,
+        split=split,
+        label=values.get("label", ""),
+        metadata={name: value for name, value in values.items() if name not in COLUMNS},
+        line=line,
+        missing="; ".join(lost),
+    )
+
+
+def _default_id(path: Path, *, absent: bool) -> str:
+    """A file's name without its suffix, a folder's name.
+
+    Of what is not there only the name can tell which it is: a suffix with a letter in it is a file's, but for `.zarr`;
+    the numbers of a DICOM identifier are a folder's.
+    """
+    is_file = any(map(str.isalpha, path.suffix)) and path.suffix != ".zarr" if absent else not path.is_dir()
+    return path.stem if is_file else path.name
 
 
 def _read_mpp(text: str, report: Callable[[str, str, str], None]) -> float | None:
@@ -255,13 +351,13 @@ def _absolute(base: Path, text: str) -> Path:
 def _missing(path: Path) -> str:
     """Why a path cannot be used, or ""."""
     try:
-        path.stat()
+        mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         url = ", and a URL cannot be read" if ":/" in str(path) else ""
         return f"no such file or folder (looked for {path}{url})"
     except (OSError, ValueError) as error:
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
-    return ""
+    return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "is not a file or folder"
 
 
 def _check_ids(rows: Sequence[Row], columns: Sequence[str], faults: list[tuple[int, str]]) -> None:

@@ -8,21 +8,24 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TextIO
 
-from wsi_idc.errors import UsageError
+from wsi_idc.errors import SlideError, UsageError, system_reason
 from wsi_idc.files import write_whole
 from wsi_idc.manifest import (
     COLUMNS,
     SPLITS,
     Row,
     fault,
+    look_alike_faults,
     raise_faults,
     read_table,
+    split_advice,
 )
 from wsi_idc.names import MAX_ID_BYTES, check_slide_id, same_name
+from wsi_idc.units import MPP_RANGE
 
 Kind = Literal["slide", "folder-slide", "patches"]
 Detect = Callable[[Path], Kind | None]
@@ -31,6 +34,8 @@ Detect = Callable[[Path], Kind | None]
 _ANNOTATIONS = (".geojson", ".geojson.gz", ".xml")
 _NAMING_PARTS = (".vms", ".vmu")
 _ZARR_MARKS = ("zarr.json", ".zgroup", ".zarray")
+_NAMED = 3
+"""Names that a line gives of many."""
 
 
 @dataclass
@@ -60,10 +65,38 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Scan:
-    """The slides of a folder, in the order of their paths, and what was left out."""
+    """The slides of a folder, and what a user should know of how they were found.
+
+    Attributes:
+        rows: in the order of their paths.
+        left_out: what of the folder is no slide.
+        unknown: ids of the split file that are of no slide found.
+        without_split: slides that a split file gives no split.
+    """
 
     rows: list[Row]
     left_out: LeftOut
+    unknown: list[str] = field(default_factory=list)
+    without_split: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """What a user should know, a line each. An id misspelt in a split file leaks as a split misspelt does."""
+        lines = self.left_out.lines()
+        if self.unknown:
+            ids = (
+                "1 id of the split file is"
+                if len(self.unknown) == 1
+                else f"{len(self.unknown):,} ids of the split file are"
+            )
+            lines.append(f"{ids} of no slide found: {_first(self.unknown)}")
+        if self.without_split:
+            count = f"{len(self.without_split):,} of {len(self.rows):,} slides"
+            lines.append(f"{count} have no split: {_first(self.without_split)}")
+        return lines
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join([*map(repr, names[:_NAMED]), *(["..."] if len(names) > _NAMED else [])])
 
 
 def scan(folder: Path, detect: Detect, splits: Mapping[str, str] | None = None) -> Scan:
@@ -88,18 +121,53 @@ def scan(folder: Path, detect: Detect, splits: Mapping[str, str] | None = None) 
     left_out = LeftOut()
     found = _without_copies(sorted(_walk(folder, detect, left_out)), left_out)
     ids = _ids(folder, [path for path, _ in found])
-    rows = []
+    rows, used = [], set()
     for (path, kind), slide_id in zip(found, ids, strict=True):
         patient = path.name if kind == "patches" else slide_id
         names = (patient, slide_id, _stem(path))
-        split = next((splits[name] for name in names if splits.get(name)), "") if splits else ""
+        named = [name for name in names if splits and name in splits]
+        used.update(named)
+        split = next((splits[name] for name in named if splits[name]), "") if splits else ""
         annotation = _annotation(path) if kind == "slide" else None
         rows.append(Row(slide_id, path, patient, annotation=annotation, split=split))
-    return Scan(rows, left_out)
+    if splits is None:
+        return Scan(rows, left_out)
+    unknown = [name for name in splits if name not in used]
+    return Scan(rows, left_out, unknown, [row.slide_id for row in rows if not row.split])
+
+
+def fill_mpp(rows: Sequence[Row], mpp: float, lacks_mpp: Callable[[Path], bool]) -> tuple[list[Row], list[str]]:
+    """The rows, with um/px for the slides that have none of their own, and what a user should know of it.
+
+    Args:
+        rows: the slides.
+        mpp: level-0 um/px of those that have none.
+        lacks_mpp: whether a slide's own um/px is absent or impossible.
+
+    Raises:
+        UsageError: no slide can have that um/px.
+    """
+    low, high = MPP_RANGE
+    if not low <= mpp <= high:
+        raise UsageError(
+            f"--mpp {mpp:g}", f"is not between {low:g} and {high:g} um/px", "give that of the finest level"
+        )
+    filled, lines = [], []
+    for row in rows:
+        try:
+            lacks = lacks_mpp(row.path)
+        except (SlideError, OSError) as error:
+            lacks = False
+            reason = error.reason if isinstance(error, SlideError) else system_reason(error)
+            lines.append(f"no um/px given to {str(row.path)!r}: {reason}")
+        filled.append(replace(row, mpp=mpp) if lacks else row)
+    count = sum(row.mpp is not None for row in filled)
+    others = "" if count == len(rows) else "; the others have their own or cannot be opened"
+    return filled, [*lines, f"{mpp:g} um/px given to {count:,} of {len(rows):,} slides{others}"]
 
 
 def read_split_file(path: Path) -> dict[str, str]:
-    """The split of each patient, by its id: "train", "val", "test", or "" for any other word.
+    """The split of each patient, by its id: "train", "val", "test", or "" where the field is empty.
 
     Args:
         path: CSV with the columns `split` and `patient_id`, `slide_id`, or both; where both are, the patient counts,
@@ -110,6 +178,7 @@ def read_split_file(path: Path) -> dict[str, str]:
     """
     faults: list[tuple[int, str]] = []
     table = read_table(path, faults)
+    faults += look_alike_faults(table.columns, ("patient_id", "slide_id", "split"))
     keys = [name for name in ("patient_id", "slide_id") if name in table.columns]
     if table.columns and not (keys and "split" in table.columns):
         missing = "split" if keys else "patient_id"
@@ -123,7 +192,9 @@ def read_split_file(path: Path) -> dict[str, str]:
             faults.append((line, fault(keys[0], "", "is empty", "write an id")))
             continue
         name, split = values[key], values["split"].casefold()
-        split = split if split in SPLITS else ""
+        if split and split not in SPLITS:
+            faults.append((line, fault("split", values["split"], "is not a split", split_advice(split))))
+            continue
         before, first = splits.setdefault(name, (split, line))
         if split and before and split != before:
             problem = f"{name!r} is in {before!r} at line {first}"
@@ -147,6 +218,8 @@ def write_manifest(target: str | os.PathLike[str] | TextIO, rows: Sequence[Row])
         target.write(_to_csv(rows, None))
         return
     path = Path(target)
+    if path.exists() and not path.is_file():
+        raise UsageError(path, "is not a file", "name a file, or leave -o out and redirect what is printed")
     try:
         write_whole(path, _to_csv(rows, path.absolute().parent).encode())
     except OSError as error:

@@ -12,7 +12,7 @@ from wsi_idc.model.runtime import TorchRuntime, load_runtime, predict_all
 
 def test_a_bundle_without_weights_cannot_run_on_a_gpu(bundle):
     with pytest.raises(ModelError, match=r"model\.safetensors are needed on a GPU"):
-        load_runtime(read_bundle(bundle), "auto", 1, cuda=True)
+        read_bundle(bundle).form("auto", cuda=True)
 
 
 @pytest.fixture
@@ -65,6 +65,34 @@ def test_any_number_of_tiles_is_scored(trained):
     tiles = np.random.default_rng(0).integers(0, 256, (300, 50, 50, 3), dtype=np.uint8)
     assert predict_all(runtime, tiles).shape == (300,)
     assert predict_all(runtime, tiles[:0]).shape == (0,)
+
+
+def test_each_form_says_what_runs_how_and_where(trained):
+    loaded = read_bundle(trained)
+    ways = {(form.file, form.engine, form.precision, form.device) for form in loaded.forms()}
+    assert ways == {
+        ("model.onnx", "onnxruntime", "float32", "cpu"),
+        ("model.safetensors", "torch", "float16", "cuda"),
+        ("model.safetensors", "torch", "float32", "cuda"),
+    }
+    assert len({str(loaded.made_from(form)) for form in loaded.forms()}) == 3
+    assert loaded.digests() == {form.digest for form in loaded.forms()}
+    with pytest.raises(ModelError, match="int8 on a GPU"):
+        loaded.form("int8", cuda=True)
+    (trained / "model.onnx").unlink()
+    form = loaded.form("auto")
+    assert (form.file, form.engine, form.precision, form.device) == ("model.safetensors", "torch", "float32", "cpu")
+
+
+def test_torch_tells_two_classes_apart(trained):
+    fields = json.loads((trained / "bundle.json").read_text())
+    (trained / "bundle.json").write_text(json.dumps({**fields, "classes": ["a", "b", "c"]}))
+    loaded = read_bundle(trained)
+    with pytest.raises(ModelError, match=r"classes: 3 are named"):
+        loaded.form("auto", cuda=True)
+    (trained / "model.onnx").unlink()
+    with pytest.raises(ModelError, match=r"model\.onnx is missing"):
+        loaded.form("auto")
 
 
 def test_weights_that_are_damaged_are_named(trained):

@@ -47,6 +47,9 @@ def extract(
     no_pixels: Annotated[
         bool, typer.Option("--no-pixels", help="Store where the tiles are, not their pixels.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Do nothing if a slide, annotation or mask of the manifest is missing.")
+    ] = False,
     workers: WorkersOption = 0,
     threads: ThreadsOption = None,
     only: OnlyOption = None,
@@ -72,7 +75,7 @@ def extract(
         workers=workers,
         threads=threads,
     )
-    rows = _limit(read_manifest(manifest), only)
+    rows = _limit(read_manifest(manifest, strict=strict), only)
     from wsi_idc import extract as stage
 
     if dry_run:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from wsi_idc.cli.options import console_for
-from wsi_idc.errors import UsageError
+from wsi_idc.errors import ResolutionError, UsageError
 
 
 def make_manifest(
@@ -19,19 +19,36 @@ def make_manifest(
         Path | None, typer.Option(help="CSV of patient_id (or slide_id) and split.", metavar="FILE")
     ] = None,
     mpp: Annotated[float | None, typer.Option(help="um/px of slides that have none of their own.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the CSV if it is there already.")] = False,
 ) -> None:
     """Write a manifest of every slide in a folder."""
     console = console_for(json_lines=False)
-    from dataclasses import replace
-
-    from wsi_idc.scan import read_split_file, scan, write_manifest
+    if output is not None and output.exists() and not force:
+        raise UsageError(output, "is there already", "add --force to replace it, or name another file")
+    from wsi_idc.scan import fill_mpp, read_split_file, scan, write_manifest
     from wsi_idc.slides import detect
 
     found = scan(folder, detect, read_split_file(split_file) if split_file else None)
-    rows = found.rows if mpp is None else [replace(row, mpp=mpp) for row in found.rows]
-    if not rows:
+    if not found.rows:
         raise UsageError(folder, "no slide found in it", "see the formats in the README")
+    rows, lines = (found.rows, []) if mpp is None else fill_mpp(found.rows, mpp, _lacks_mpp)
     write_manifest(output or sys.stdout, rows)
-    for line in found.left_out.lines():
+    for line in [*found.lines(), *lines]:
         console.trouble(line)
     console.trouble(f"{len(rows)} slide{'s' if len(rows) != 1 else ''}{f' in {output}' if output else ''}")
+
+
+def _lacks_mpp(path: Path) -> bool:
+    """Whether a slide's own um/px is absent or impossible.
+
+    Raises:
+        SlideError: it cannot be opened.
+        OSError: likewise.
+    """
+    from wsi_idc.slides import open_slide
+
+    try:
+        open_slide(path).close()
+    except ResolutionError:
+        return True
+    return False

@@ -109,6 +109,9 @@ def _name(model: LoadedBundle | HeldOut) -> str:
 
 def _of_bundle(store: Store, bundle: LoadedBundle, slides: Sequence[StoredSlide], *, alone: bool) -> list[Result]:
     fields = bundle.fields
+    if fields.operating_point is None:
+        problem = f"positive: says not which of its {len(fields.classes)} classes is evaluated"
+        raise UsageError(fields.name, problem, "add positive and threshold to its bundle.json")
     kinds = [("probability", "", fields.operating_point)]
     if alone and fields.context:
         kinds.append(("alone", ALONE, fields.threshold))

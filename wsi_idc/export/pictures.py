@@ -31,7 +31,7 @@ def draw_map(store: Store, model: str, slide_id: str, out: Path) -> None:
         raise UsageError(slide_id, problem, "run wsi-idc infer")
     thumbnail, image = slide.thumbnail, found.read("0")
     if image.ndim != 2:
-        raise UsageError(slide_id, f"its map by {model} has {len(image)} classes", "only maps of two classes are drawn")
+        raise UsageError(slide_id, f"its map by {model} has {len(image)} channels", "maps of one channel are drawn")
     grid = slide.grid
     width, height = (side * mpp / 1000 for side, mpp in zip(grid.size, grid.mpp, strict=True))
     pitch = grid.spec.stride_px * grid.spec.mpp / 1000

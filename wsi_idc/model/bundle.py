@@ -2,30 +2,44 @@
 
 bundle/
   bundle.json          the fields of `Bundle`
-  model.onnx           tiles uint8 (n, size, size, 3) RGB -> probability float32 (n,); optional beside weights
+  model.onnx           tiles uint8 (n, size, size, 3) RGB -> probability float32 (n,), that of the second of two
+                       classes, or (n, k), one a class; optional beside weights
   model.int8.onnx      the same, quantised; optional
   model.safetensors    weights, for torch: on CUDA, and for float32 where there is no model.onnx; optional
+
+Each way in which a bundle runs is a `Form`; forms differ in the last digits of a probability, or in more.
 """
 
-import contextlib
 import json
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from wsi_idc.digests import file_digest
-from wsi_idc.errors import ModelError
+from wsi_idc.errors import ModelError, system_reason
 from wsi_idc.model.config import Context
 from wsi_idc.names import check_slide_id
 from wsi_idc.settings import Precision, TileSpec
 from wsi_idc.units import MPP_RANGE
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 SHIPPED = Path(__file__).parent.parent / "models" / "idc-resnet50"
 """The bundle that comes with the package."""
 MPP_TOLERANCE = 0.10
 """A store whose um/px differs from the bundle's by more than this part is refused."""
+PATIENT_LISTS = ("train_patients", "val_patients", "held_out_patients")
+"""The fields of `training` that say who must not be judged, or whose figures flatter."""
+_MAX_JSON_BYTES = 16 * 2**20
 
 
 class _Part(BaseModel):
@@ -56,12 +70,22 @@ class BundleGraph(_Part):
 
 
 class Bundle(_Part):
-    """The contents of `bundle.json`; fields not named here are kept."""
+    """The contents of `bundle.json`; fields not named here are kept.
+
+    Attributes:
+        classes: what the probabilities are of, in the order of the graph's output.
+        positive: the class whose probability is thresholded and evaluated. Of two classes the second where it is not
+            given; of more there is then none, and no threshold either: such a model has maps, and no operating point.
+        threshold: from which P(positive) of a tile alone is positive; refused where no class is.
+        context: how neighbours take part in the probability; only for two classes.
+        training: who trained it on what; lists of patients are lists of text, whatever they were written as.
+    """
 
     format: Literal["wsi-idc-model/1"]
     name: str
     title: str = ""
-    classes: tuple[str, str] = ("non-IDC", "IDC")
+    classes: Annotated[tuple[str, ...], Field(min_length=2)] = ("non-IDC", "IDC")
+    positive: str | None = None
     tile: BundleTile
     graph: BundleGraph = BundleGraph()
     threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
@@ -76,14 +100,77 @@ class Bundle(_Part):
             raise ValueError(fault)
         return value
 
+    @field_validator("classes")
+    @classmethod
+    def _are_told_apart(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(name.strip() for name in value):
+            raise ValueError("a class has no name")
+        if len(set(value)) < len(value):
+            raise ValueError("two classes have one name")
+        return value
+
+    @field_validator("positive")
+    @classmethod
+    def _is_a_class(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and value not in info.data.get("classes", (value,)):
+            raise ValueError(f"{value!r} is none of the classes")
+        return value
+
+    @field_validator("threshold")
+    @classmethod
+    def _is_of_a_class(cls, value: float, info: ValidationInfo) -> float:
+        if len(info.data.get("classes", ())) > 2 and info.data.get("positive") is None:
+            raise ValueError("of which class it is must be said by positive, where there are more than two")
+        return value
+
+    @field_validator("context")
+    @classmethod
+    def _of_two_classes(cls, value: Context | None, info: ValidationInfo) -> Context | None:
+        if value is not None and len(info.data.get("classes", ())) > 2:
+            raise ValueError("is only for bundles of two classes")
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _patients_are_text(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Ids are compared as text; 8863 and "8863" must be one patient, or a model is judged on whom it has seen."""
+        lists = {name: value[name] for name in PATIENT_LISTS if name in value}
+        for name, patients in lists.items():
+            ids = patients if isinstance(patients, list) else [None]
+            if any(isinstance(patient, bool) or not isinstance(patient, str | int) for patient in ids):
+                raise PydanticCustomError("patients", "is not a list of patient ids", {"within": [name]})
+        return value | {name: [str(patient) for patient in patients] for name, patients in lists.items()}
+
     @property
-    def operating_point(self) -> float:
-        """The threshold of the probabilities that `infer` writes; `threshold` is that of a tile alone."""
+    def positive_index(self) -> int | None:
+        """The place of the positive class in `classes`; None where there is none."""
+        if self.positive is not None:
+            return self.classes.index(self.positive)
+        return 1 if len(self.classes) == 2 else None
+
+    @property
+    def operating_point(self) -> float | None:
+        """The threshold of P(positive) that `infer` writes, a tile's neighbours counted; None where no class is it."""
+        if self.positive_index is None:
+            return None
         return self.context.threshold if self.context else self.threshold
 
-    def positive_of(self, probability: Any) -> Any:
-        """Placeholder until bundles of several classes are merged."""
-        return probability
+    def positive_of(self, probability: "NDArray[np.float32]") -> "NDArray[np.float32]":
+        """P(positive): float32 (n,).
+
+        Args:
+            probability: as the model gives it: float32 (n,) of the second class, or (n, k).
+
+        Raises:
+            ModelError: of more than two classes, none is positive.
+        """
+        index = self.positive_index
+        if index is None:
+            problem = f"positive: says not which of {len(self.classes)} classes is thresholded and evaluated"
+            raise ModelError(self.name, problem, "add positive and threshold to its bundle.json")
+        if probability.ndim == 2:
+            return probability[:, index]
+        return probability if index == 1 else 1 - probability
 
 
 @dataclass(frozen=True)
@@ -91,16 +178,18 @@ class Form:
     """One way in which a bundle runs.
 
     Attributes:
-        file: what it runs from.
+        file: the graph or the weights, by its name in the bundle's folder.
         digest: of that file.
-        engine: the package that runs it.
+        engine: what runs it.
         precision: of its arithmetic.
+        device: where it runs.
     """
 
     file: str
     digest: str
-    engine: str
-    precision: str
+    engine: Literal["onnxruntime", "torch"]
+    precision: Literal["int8", "float32", "float16"]
+    device: Literal["cpu", "cuda"]
 
 
 class LoadedBundle:
@@ -123,61 +212,91 @@ class LoadedBundle:
         """How the model runs: from a graph, or from the weights on CUDA and where there is no float32 graph.
 
         Args:
-            precision: on the CPU; "auto" is int8 where the bundle has it.
+            precision: "auto" is int8 on the CPU where the bundle has it, and float16 on CUDA.
             cuda: on a GPU.
 
         Raises:
-            ModelError: the bundle has no such file.
+            ModelError: the bundle has no such form, or its file cannot be read.
         """
         graph = self.fields.graph
         if cuda:
+            if len(self.fields.classes) != 2:
+                problem = f"classes: {len(self.fields.classes)} are named, a network in torch tells two apart"
+                raise ModelError(self.folder, problem, "leave --gpus out: the graph runs on the CPU")
             if not self._has_network:
                 problem = "network and model.safetensors are needed on a GPU"
                 raise ModelError(self.folder, problem, "leave --gpus out, or train anew")
-            return self._form(self.weights.name, "torch", "float16")
+            if precision == "int8":
+                raise ModelError(self.folder, "no bundle runs as int8 on a GPU", "leave --precision or --gpus out")
+            half = precision == "auto"
+            return Form(
+                self.weights.name, self._digest(self.weights), "torch", "float16" if half else "float32", "cuda"
+            )
         if precision == "int8" and graph.int8 is None:
             raise ModelError(self.folder, "graph.int8: the bundle has no int8 graph", "use --precision float32")
-        int8 = graph.int8 is not None and precision != "float32"
-        name = graph.int8 if graph.int8 and int8 else graph.file
-        path = self.folder / name
+        int8 = graph.int8 if precision != "float32" else None
+        path = self.folder / (int8 or graph.file)
         if not int8 and not path.is_file() and self._has_network:
-            return self._form(self.weights.name, "torch", "float32")
+            return Form(self.weights.name, self._digest(self.weights), "torch", "float32", "cpu")
         if not path.is_file():
-            raise ModelError(self.folder, f"graph: {name} is missing", "the bundle is not whole: copy it again")
-        return self._form(name, "onnxruntime", "int8" if int8 else "float32")
-
-    def _form(self, name: str, engine: str, precision: str) -> Form:
-        return Form(name, file_digest(self.folder / name), engine, precision)
+            raise ModelError(self.folder, f"graph: {path.name} is missing", "the bundle is not whole: copy it again")
+        return Form(path.name, self._digest(path), "onnxruntime", "int8" if int8 else "float32", "cpu")
 
     def forms(self) -> list[Form]:
-        """Every form that the bundle can run in."""
-        found = []
-        ways: tuple[tuple[Precision, bool], ...] = (("int8", False), ("float32", False), ("auto", True))
+        """Every form in which the bundle, as it is on disk, can run."""
+        ways: list[tuple[Precision, bool]] = [("int8", False), ("float32", False), ("auto", True), ("float32", True)]
+        forms = []
         for precision, cuda in ways:
-            with contextlib.suppress(ModelError):
-                found.append(self.form(precision, cuda=cuda))
-        return found
+            with suppress(ModelError):
+                forms.append(self.form(precision, cuda=cuda))
+        return forms
 
     def digests(self) -> set[str]:
-        """Of every file that it runs from: two bundles of one name are told apart by them."""
-        return {form.digest for form in self.forms()}
+        """The digests of all model files: two bundles of one name are told apart by them."""
+        return {self._digest(path) for path in self._files()}
 
     def made_from(self, form: Form) -> dict[str, Any]:
-        """What a map by that form depends on besides the tiles, by the names that a user is told."""
+        """What a map's numbers and their reading depend on besides the tiles, by the names that a user is told."""
         fields = self.fields
+        index = fields.positive_index
         return {
             "model": form.digest,
             "engine": form.engine,
             "precision": form.precision,
+            "device": form.device,
             "output": fields.graph.output,
             "classes": list(fields.classes),
+            "positive class": None if index is None else fields.classes[index],
             "threshold": fields.operating_point,
             "context": fields.context.model_dump() if fields.context else None,
         }
 
+    def check_digest(self, form: Form) -> None:
+        """Refuse a file that is no longer the one that was chosen: a map would say that it is by another.
+
+        Raises:
+            ModelError: it changed, or cannot be read.
+        """
+        if self._digest(self.folder / form.file) != form.digest:
+            raise ModelError(self.folder, f"{form.file} changed since the run began", "run the same command again")
+
+    def _files(self) -> Iterator[Path]:
+        graph = self.fields.graph
+        for path in (self.folder / name for name in (graph.file, graph.int8, self.weights.name) if name):
+            if path.is_file():
+                yield path
+
+    def _digest(self, path: Path) -> str:
+        try:
+            status = path.stat()
+            return _digest_of(path, status.st_mtime_ns, status.st_size)
+        except OSError as error:
+            raise ModelError(self.folder, f"cannot be read: {system_reason(error)}", "copy the bundle again") from error
+
     @property
     def _has_network(self) -> bool:
-        return self.fields.network is not None and self.weights.is_file()
+        """Whether torch can run it: the networks have one logit, so of two classes only."""
+        return len(self.fields.classes) == 2 and self.fields.network is not None and self.weights.is_file()
 
     def check_fits(self, spec: TileSpec) -> None:
         """Refuse tiles that the model was not made for.
@@ -197,6 +316,12 @@ class LoadedBundle:
             )
 
 
+@lru_cache(maxsize=64)
+def _digest_of(path: Path, mtime_ns: int, size: int) -> str:
+    """The digest of a file, read once a process as long as its time and size stay: forms are compared often."""
+    return file_digest(path)
+
+
 def read_bundle(folder: Path) -> LoadedBundle:
     """A bundle, its fields checked; the graph is checked when it is loaded.
 
@@ -205,17 +330,45 @@ def read_bundle(folder: Path) -> LoadedBundle:
     """
     folder = Path(folder)
     file = folder / "bundle.json"
-    if not folder.is_dir() or not file.is_file():
-        raise ModelError(folder, "no bundle.json there", "give the folder of a model bundle with --model")
     try:
-        fields = Bundle.model_validate(json.loads(file.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        contents = json.loads(_read_text(folder, file))
+    except ValueError as error:
         raise ModelError(file, f"not JSON ({error})", "copy the bundle again") from error
+    except RecursionError as error:
+        raise ModelError(file, "nested too deep", "copy the bundle again") from error
+    if not isinstance(contents, dict):
+        raise ModelError(file, "holds no fields: it must be an object, in {}", "copy the bundle again")
+    try:
+        fields = Bundle.model_validate(contents)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "bundle.json"
+        name = ".".join(map(str, (*first["loc"], *first.get("ctx", {}).get("within", ()))))
         message = first["msg"].removeprefix("Value error, ")
         missing = first["type"] == "missing"
         problem = f"{name}: missing" if missing else f"{name}: {message[0].lower()}{message[1:]}"
-        raise ModelError(file, problem, f"found {len(error.errors())} such fault(s)") from error
+        raise ModelError(file, problem, f"found {error.error_count()} such fault(s)") from error
     return LoadedBundle(folder, fields)
+
+
+def _read_text(folder: Path, file: Path) -> str:
+    """The text of `bundle.json`.
+
+    Raises:
+        ModelError: there is none that can be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    advice = "give the folder of a model bundle with --model"
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            # Opening a pipe that nobody writes to would wait for ever.
+            raise ModelError(file, "is not a file", advice)
+        with file.open("rb") as stream:
+            data = stream.read(_MAX_JSON_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ModelError(folder, "no bundle.json there", advice) from error
+    except (OSError, ValueError) as error:
+        reason = system_reason(error) if isinstance(error, OSError) else str(error)
+        raise ModelError(folder, f"cannot be read: {reason}", advice) from error
+    if len(data) > _MAX_JSON_BYTES:
+        raise ModelError(file, f"is larger than {_MAX_JSON_BYTES >> 20} MiB", "copy the bundle again")
+    return data.decode("utf-8-sig")

@@ -4,7 +4,7 @@ All take uint8 tiles and give probabilities.
 """
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,24 @@ from wsi_idc.settings import Precision
 
 
 class Runtime(Protocol):
-    """A loaded model."""
+    """A loaded model.
+
+    Attributes:
+        per_tile: the shape of what it says of a tile: () for the probability of the second of two classes, or (k,).
+    """
+
+    per_tile: tuple[int, ...]
 
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """P(IDC) of each tile: float32 (n,), from uint8 (n, size, size, 3) RGB."""
+        """The probabilities of each tile, from uint8 (n, size, size, 3) RGB.
+
+        Returns:
+            float32 (n,), P(classes[1]) of two classes; or (n, k), that of each class. They need not sum to one: a model
+            may say of each class by itself whether it is there.
+
+        Raises:
+            ModelError: the graph gave another shape than it says.
+        """
 
 
 def load_runtime(bundle: LoadedBundle, form: Form | Precision, threads: int) -> Runtime:
@@ -26,30 +40,32 @@ def load_runtime(bundle: LoadedBundle, form: Form | Precision, threads: int) -> 
 
     Args:
         bundle: the model.
-        precision: of the graph on the CPU.
+        form: how it runs; a precision stands for its form on the CPU.
         threads: of the CPU; 0 for one a core.
-        cuda: on a GPU.
 
     Raises:
-        ModelError: the bundle lacks the file, or it cannot be loaded.
+        ModelError: the bundle lacks the file, it cannot be loaded, or it is no longer the form's.
     """
-    form = form if isinstance(form, Form) else bundle.form(form)
+    if isinstance(form, str):
+        form = bundle.form(form)
+    bundle.check_digest(form)
     if form.engine == "onnxruntime":
         return OnnxRuntime(bundle, bundle.folder / form.file, threads)
-    return TorchRuntime(bundle, "cuda" if form.precision == "float16" else "cpu", threads)
+    return TorchRuntime(bundle, form.device, threads, precision="float16" if form.precision == "float16" else "float32")
 
 
 def predict_all(runtime: Runtime, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """P(IDC) of any number of tiles, 256 at a time: float32 (n,), from uint8 (n, size, size, 3) RGB."""
+    """The probabilities of any number of tiles, 256 at a time: see `Runtime.predict`."""
     parts = [runtime.predict(tiles[start : start + 256]) for start in range(0, len(tiles), 256)]
-    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+    return np.concatenate([np.empty((0, *runtime.per_tile), np.float32), *parts])
 
 
 class OnnxRuntime:
     """A bundle's graph in ONNX Runtime on the CPU.
 
     Raises:
-        ModelError: the graph cannot be loaded, or has another input or output than the bundle says.
+        ModelError: the graph cannot be loaded, or has another input or output than the bundle says, or its weights are
+            in another file, which no digest would cover.
     """
 
     def __init__(self, bundle: LoadedBundle, path: Path, threads: int) -> None:
@@ -58,28 +74,43 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
+        # Weights outside the graph's file are looked for here, where none can be; else in the working directory.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path / "none"))
         try:
             self._session = onnxruntime.InferenceSession(
                 path.read_bytes(), sess_options=options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            line = str(error).splitlines()[0]
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            if "external data" in line.casefold():
+                problem = f"graph.file: {path.name} keeps weights in another file (external data)"
+                raise ModelError(bundle.folder, problem, "save the graph as one file") from error
             raise ModelError(bundle.folder, f"graph.file: {path.name} cannot be loaded ({line})") from error
-        graph, size = bundle.fields.graph, bundle.fields.tile.size_px
-        self._input, self._output = graph.input, graph.output
+        graph, size, classes = bundle.fields.graph, bundle.fields.tile.size_px, len(bundle.fields.classes)
+        self._folder, self._input, self._output = bundle.folder, graph.input, graph.output
         _check_port(bundle, "input", self._session.get_inputs(), graph.input, "tensor(uint8)", (None, size, size, 3))
-        _check_port(bundle, "output", self._session.get_outputs(), graph.output, "tensor(float)", (None,))
+        outputs = self._session.get_outputs()
+        ranks = {port.name: len(port.shape) for port in outputs}
+        self.per_tile: tuple[int, ...] = () if classes == 2 and ranks.get(graph.output) != 2 else (classes,)
+        _check_port(bundle, "output", outputs, graph.output, "tensor(float)", (None, *self.per_tile))
+        if self.per_tile and bundle.fields.context is not None:
+            problem = f"context: is for a graph of one probability a tile, and {graph.output!r} gives {classes}"
+            raise ModelError(bundle.folder, problem)
 
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `Runtime.predict`."""
         (probability,) = self._session.run([self._output], {self._input: np.ascontiguousarray(tiles)})
+        wanted = (len(tiles), *self.per_tile)
+        if probability.shape != wanted:
+            problem = f"graph.output: {self._output!r} gave {probability.shape}, the bundle's classes need {wanted}"
+            raise ModelError(self._folder, problem)
         return np.asarray(probability, np.float32)
 
 
 def _check_port(
     bundle: LoadedBundle, which: str, found: list[Any], name: str, kind: str, shape: tuple[int | None, ...]
 ) -> None:
-    """Check one input or output of the graph; None in `shape` is the free axis of tiles."""
+    """Check one input or output of the graph; None in `shape` is the free axis of tiles, a number may be free too."""
     ports = {port.name: port for port in found}
     if name not in ports:
         raise ModelError(bundle.folder, f"graph.{which}: the graph has no {name!r}, it has {', '.join(ports)}")
@@ -91,9 +122,10 @@ def _check_port(
     )
     if port.type != kind or not fits or (which == "input" and len(found) != 1):
         wanted = "(" + ", ".join("n" if side is None else str(side) for side in shape) + ")"
-        raise ModelError(
-            bundle.folder, f"graph.{which}: {name!r} is {port.type} {port.shape}, {kind} {wanted} is needed"
-        )
+        needed = f"{kind} {wanted} is needed"
+        if which == "output":
+            needed += f" for the {len(bundle.fields.classes)} classes of bundle.json"
+        raise ModelError(bundle.folder, f"graph.{which}: {name!r} is {port.type} {port.shape}, {needed}")
 
 
 class TorchRuntime:
@@ -103,7 +135,16 @@ class TorchRuntime:
         ModelError: the weights do not fit the network.
     """
 
-    def __init__(self, bundle: LoadedBundle, device: str, threads: int = 0) -> None:
+    per_tile: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        bundle: LoadedBundle,
+        device: Literal["cpu", "cuda"],
+        threads: int = 0,
+        *,
+        precision: Literal["float32", "float16"] = "float32",
+    ) -> None:
         import torch
 
         from wsi_idc.model.network import load_network
@@ -113,16 +154,19 @@ class TorchRuntime:
             torch.set_num_threads(threads)
         self._torch = torch
         self._device = torch.device(device)
+        self._half = precision == "float16"
+        if device == "cuda" and not self._half:
+            torch.backends.cudnn.allow_tf32 = False  # which would make float32 a name for less
         self._network = load_network(bundle.fields.network, bundle.weights).eval().to(self._device)
 
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """See `Runtime.predict`; half precision inside on CUDA."""
+        """See `Runtime.predict`."""
         torch = self._torch
         batch = torch.from_numpy(np.ascontiguousarray(tiles))
         cuda = self._device.type == "cuda"
         if cuda:
             batch = batch.pin_memory()
-        with torch.inference_mode(), torch.autocast(self._device.type, torch.float16, enabled=cuda):
+        with torch.inference_mode(), torch.autocast(self._device.type, torch.float16, enabled=self._half):
             logits = self._network(batch.to(self._device, non_blocking=True))
             probability: NDArray[np.float32] = torch.sigmoid(logits.float()).cpu().numpy()
         return probability

@@ -30,6 +30,8 @@ def made_from(row: Row, settings: CutSettings) -> dict[str, Any]:
     Raises:
         SlideError: the source cannot be read.
     """
+    if row.missing:
+        raise SlideError(row.path, row.missing, "correct the manifest or bring the file back")
     content = settings.content()
     tile = content.pop("tile")
     try:

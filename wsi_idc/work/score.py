@@ -112,8 +112,9 @@ class ScoreJob:
         fields = self.fields
         with self._watched() as slide:
             cells = slide.cell
-        nothing = np.zeros((0, *results[0].shape[1:]) if results else 0, np.float32)
-        probability = np.concatenate([nothing, *results])
+        if not results:
+            results = [np.zeros((0, *loaded(self.folder, self.form, work.capacity.threads).per_tile), np.float32)]
+        probability = np.concatenate(results)
         if not np.isfinite(probability).all():
             raise SlideError(self.slide_id, f"{fields.name} gave probabilities that are not numbers")
         arrays = {"probability": probability}
@@ -141,6 +142,7 @@ class ScoreJob:
                 "digest": self.form.digest,
                 "engine": self.form.engine,
                 "precision": self.form.precision,
+                "device": self.form.device,
                 "classes": list(fields.classes),
                 "threshold": fields.operating_point,
             },
@@ -207,7 +209,8 @@ def _image(slide: StoredSlide, cells: NDArray[np.int32], probability: NDArray[np
 
 def _positive(fields: Bundle, probability: NDArray[np.float32]) -> int | None:
     """Tiles that the model calls positive; None for a model that has no operating point."""
-    return int((fields.positive_of(probability) >= fields.operating_point).sum())
+    threshold = fields.operating_point
+    return None if threshold is None else int((fields.positive_of(probability) >= threshold).sum())
 
 
 def ngff_image(slide: StoredSlide, fields: Bundle, dimensions: int) -> dict[str, Any]:
