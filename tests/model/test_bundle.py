@@ -167,6 +167,15 @@ def test_a_graph_of_several_classes_gives_one_probability_a_class(make, tmp_path
     assert predict_all(runtime, tiles[:0]).shape == (0, outputs)
 
 
+def test_probabilities_of_classes_that_do_not_exclude_each_other_are_taken(make, tmp_path):
+    folder = make.write_bundle(tmp_path / "model", outputs=3, classes=["IDC", "DCIS", "necrosis"])
+    model = onnx.load(folder / "model.onnx")
+    model.graph.node[-1].CopyFrom(onnx.helper.make_node("Sigmoid", ["logits"], ["probability"]))
+    onnx.save(model, folder / "model.onnx")
+    found = load_runtime(read_bundle(folder), "auto", 1).predict(colours((255, 255, 255)))
+    assert np.allclose(found, 1 / (1 + np.exp(-4)))
+
+
 def test_one_class_is_thresholded(make, tmp_path):
     fields = read_bundle(make.write_bundle(tmp_path / "two", threshold=0.3)).fields
     some = np.array([0.25, 1.0], np.float32)
