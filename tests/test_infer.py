@@ -340,7 +340,7 @@ def test_a_map_of_several_classes_has_a_channel_for_each(extracted, make, tmp_pa
 
     from yaozarrs import validate_zarr_store
 
-    bundle = make.write_bundle(tmp_path / "three", classes=["stroma", "fat", "tumour"], positive="tumour")
+    bundle = make.write_bundle(tmp_path / "three", outputs=3, classes=["stroma", "fat", "tumour"], positive="tumour")
     path = extracted()
     summary, store = score(path, bundle, recorder)
     assert summary.done == 2
@@ -361,7 +361,7 @@ def test_a_map_of_several_classes_has_a_channel_for_each(extracted, make, tmp_pa
 
 def test_a_slide_without_tiles_gets_an_empty_map_of_every_class(extracted, make, tmp_path, recorder, slides):
     make.write_tiff(slides.parent / "a.tif", np.full((400, 500, 3), 244, np.uint8))
-    bundle = make.write_bundle(tmp_path / "three", classes=["stroma", "fat", "tumour"])
+    bundle = make.write_bundle(tmp_path / "three", outputs=3, classes=["stroma", "fat", "tumour"])
     _, store = score(extracted(), bundle, recorder)
     found = store.map("mean", "a")
     assert (found.read("probability").shape, found.read("0").shape) == ((0, 3), (3, 8, 10))

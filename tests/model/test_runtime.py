@@ -51,6 +51,27 @@ def test_a_probability_does_not_depend_on_the_batch_or_the_threads(trained):
     assert np.allclose(whole, np.concatenate([single.predict(tiles[n : n + 1]) for n in range(40)]), atol=1e-6)
 
 
+def test_a_probability_by_torch_does_not_depend_on_the_batch_either(bundle):
+    """A ResNet-50 in float32 differed in its last digits between batches of 1, 7 and 64 tiles."""
+    import torch
+
+    from wsi_idc.model.config import NetworkConfig
+    from wsi_idc.model.network import build_network, save_weights
+
+    torch.manual_seed(3)
+    config = NetworkConfig(kind="resnet50", input_px=40)
+    save_weights(build_network(config).eval(), bundle / "model.safetensors")
+    fields = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps({**fields, "network": config.model_dump(mode="json")}))
+    (bundle / "model.onnx").unlink()
+    runtime = load_runtime(read_bundle(bundle), "float32", 2)
+    tiles = np.random.default_rng(0).integers(0, 256, (9, 50, 50, 3), dtype=np.uint8)
+    whole = runtime.predict(tiles)
+    for size in (1, 4):
+        parts = [runtime.predict(tiles[start : start + size]) for start in range(0, 9, size)]
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
 def test_float32_comes_from_the_weights_where_there_is_no_float32_graph(trained):
     tiles = np.random.default_rng(0).integers(0, 256, (40, 50, 50, 3), dtype=np.uint8)
     by_graph = load_runtime(read_bundle(trained), "float32", 1).predict(tiles)

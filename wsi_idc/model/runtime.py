@@ -13,6 +13,9 @@ from wsi_idc.errors import ModelError
 from wsi_idc.model.bundle import Form, LoadedBundle
 from wsi_idc.settings import Precision
 
+BATCH = 64
+"""Tiles that torch is given at once on the CPU, whatever the batch that was asked for."""
+
 
 class Runtime(Protocol):
     """A loaded model.
@@ -161,6 +164,13 @@ class TorchRuntime:
 
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `Runtime.predict`."""
+        if self._device.type == "cuda":
+            return self._run(tiles)
+        # torch adds up in another order where a batch has another size (differences to 1.2e-7): here all have one.
+        parts = [self._run(_padded(tiles[start : start + BATCH])) for start in range(0, len(tiles), BATCH)]
+        return np.concatenate([np.empty(0, np.float32), *parts])[: len(tiles)]
+
+    def _run(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         torch = self._torch
         batch = torch.from_numpy(np.ascontiguousarray(tiles))
         cuda = self._device.type == "cuda"
@@ -170,3 +180,9 @@ class TorchRuntime:
             logits = self._network(batch.to(self._device, non_blocking=True))
             probability: NDArray[np.float32] = torch.sigmoid(logits.float()).cpu().numpy()
         return probability
+
+
+def _padded(tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A batch of `BATCH` tiles, black ones at its end: the result is cut to those that were given."""
+    missing = BATCH - len(tiles)
+    return np.concatenate([tiles, np.zeros((missing, *tiles.shape[1:]), np.uint8)]) if missing else tiles
