@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc.digests import file_digest
-from wsi_idc.errors import UsageError
+from wsi_idc.errors import ModelError, UsageError
 from wsi_idc.evaluate.held_out import HeldOut
 from wsi_idc.evaluate.predictions import Predictions, predictions
 from wsi_idc.model.bundle import LoadedBundle
@@ -47,8 +47,9 @@ def gather(
         alone: judge each model that lets neighbours take part also by its tiles alone, as a model of its own.
 
     Raises:
-        UsageError: no slide of the split, one without a map, a map by another version of the model, two models of one
-            name, or patients that a bundle was trained on.
+        UsageError: no slide of the split, slides that were cut on different grids, one without a map, a map by another
+            version of the model, two models of one name, or patients that a bundle was trained on.
+        ModelError: a bundle's card names its patients in a way that cannot be compared.
     """
     names = [_name(model) for model in models]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -72,6 +73,7 @@ def gather(
                 f"{len(labelled) - len(held_out):,} slides that it did not hold out are left out"
             )
             labelled = held_out
+    _check_one_grid(labelled)
     for model in models:
         if isinstance(model, LoadedBundle):
             notes += _check_patients(model, labelled, trained_on=trained_on)
@@ -131,12 +133,39 @@ def _held_out(model: HeldOut, slides: Sequence[StoredSlide], positive_from: floa
     ]
 
 
+def _check_one_grid(slides: Sequence[StoredSlide]) -> None:
+    """Refuse to pool tiles of different sizes or um/px: none of the figures would be of either."""
+    first = slides[0]
+    for slide in slides[1:]:
+        # As they are told: the rule for the tiles at the edge adds some and changes none.
+        if str(slide.spec) != str(first.spec):
+            problem = f"was cut at {slide.spec}, and {first.slide_id} at {first.spec}"
+            raise UsageError(slide.slide_id, problem, "extract all of them with the same --tile-size and --mpp")
+
+
+def card_patients(bundle: LoadedBundle, field: str) -> set[str]:
+    """Patients that a bundle's card lists in a field of `training`, such as `train_patients`; none where it has none.
+
+    Ids are text, as a manifest has them: a number in the card stands for its digits, and "007" is another patient than
+    "7".
+
+    Raises:
+        ModelError: the field is no list of ids, so that a leak could go unseen.
+    """
+    listed = bundle.fields.training.get(field, [])
+    # bool is an int to Python, and no id to anybody.
+    if not isinstance(listed, list) or not all(type(patient) in (str, int) for patient in listed):
+        problem = f"training.{field}: is no list of patient ids"
+        raise ModelError(bundle.folder / "bundle.json", problem, 'write the ids as text, ["8863", ...]')
+    return {str(patient) for patient in listed}
+
+
 def _check_patients(bundle: LoadedBundle, slides: Sequence[StoredSlide], *, trained_on: bool) -> list[str]:
     """Notes on patients that the bundle's card names; refuses those that it was trained on unless told otherwise."""
     own = {slide.patient_id for slide in slides}
     training, name = bundle.fields.training, bundle.fields.name
-    trained = sorted(own & set(training.get("train_patients", [])))
-    tuned = sorted(own & set(training.get("val_patients", [])))
+    trained = sorted(own & card_patients(bundle, "train_patients"))
+    tuned = sorted(own & card_patients(bundle, "val_patients"))
     notes = []
     if trained:
         problem = f"{name} was trained on {len(trained)} of these {len(own)} patients ({', '.join(trained[:3])}, ...)"
