@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.train.runs import QUICK, quiet
 from wsi_idc.settings import TileSpec
 from wsi_idc.store import Store, create_store
+from wsi_idc.train import TrainSettings, run
+from wsi_idc.train.result import TrainResult
 
 SIZE = 16
+PATIENTS = {"a": "train", "b": "train", "c": "", "d": "train", "e": "val", "f": "val", "g": "test"}
 Patients = Mapping[str, str]
 """Patient id to split."""
 MakeStore = Callable[..., Store]
@@ -23,9 +27,8 @@ def make_tiles(truth: NDArray[np.bool_], generator: np.random.Generator, size: i
     return np.clip(base[:, None, None, :] + noise, 0, 255).astype(np.uint8)
 
 
-@pytest.fixture
-def make_store(tmp_path: Path) -> MakeStore:
-    """Makes a store of one slide a patient."""
+def store_maker(folder: Path) -> MakeStore:
+    """Makes stores in a folder, of one slide a patient."""
 
     def make(
         patients: Patients,
@@ -37,7 +40,7 @@ def make_store(tmp_path: Path) -> MakeStore:
         name: str = "tiles.zarr",
     ) -> Store:
         spec = TileSpec(size_px=size, mpp=4.0)
-        store = create_store(tmp_path / name, spec)
+        store = create_store(folder / name, spec)
         for number, (patient, split) in enumerate(patients.items()):
             generator = np.random.default_rng(number)
             part = np.asarray(labels, np.float32)[np.arange(tiles) % len(labels)]
@@ -65,6 +68,29 @@ def make_store(tmp_path: Path) -> MakeStore:
 
 
 @pytest.fixture
+def make_store(tmp_path: Path) -> MakeStore:
+    """Makes stores of one slide a patient."""
+    return store_maker(tmp_path)
+
+
+@pytest.fixture
 def patients() -> dict[str, str]:
     """Seven patients, two of whom validate and one of whom nobody may see."""
-    return {"a": "train", "b": "train", "c": "", "d": "train", "e": "val", "f": "val", "g": "test"}
+    return dict(PATIENTS)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the seven patients, trained as `QUICK` says; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(store_maker(folder)(PATIENTS).path, folder / "first", TrainSettings(**QUICK), say=quiet)
+    return folder / "first"
+
+
+@pytest.fixture(scope="session")
+def cross_validated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult]:
+    """Two folds of the seven patients, trained as `QUICK` says, and what that gave; not to be changed."""
+    folder = tmp_path_factory.mktemp("cross_validated")
+    result = run(store_maker(folder)(PATIENTS).path, folder / "cv", TrainSettings(folds=2, **QUICK), say=quiet)
+    assert result is not None
+    return folder / "cv", result
