@@ -61,7 +61,7 @@ def test_a_training_leaves_neither_its_group_nor_its_helpers_nor_their_environme
 @pytest.mark.slow
 def test_two_processes_train_one_bundle(make_store, patients, tmp_path):
     store = make_store(patients, tiles=60)
-    output = output_of(tmp_path, store.path, tmp_path / "bundle", TrainSettings(processes=2, **QUICK), 250)
+    output = output_of(tmp_path, store.path, tmp_path / "bundle", TrainSettings(processes=2, **QUICK), 400)
     assert output.count("epoch 3 of 3") == 1
     bundle = read_bundle(tmp_path / "bundle")
     assert bundle.fields.training["figures"]["roc_auc"][0] > 0.9
@@ -73,7 +73,7 @@ def test_two_processes_train_one_bundle(make_store, patients, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_every_fold_of_a_cross_validation(make_store, patients, tmp_path):
     store, settings = make_store(patients), TrainSettings(folds=2, processes=2, **QUICK)
-    lines = output_of(tmp_path, store.path, tmp_path / "cv", settings, 250).splitlines()
+    lines = output_of(tmp_path, store.path, tmp_path / "cv", settings, 400).splitlines()
     assert [line for line in lines if line.startswith("fold ")] == ["fold 1 of 2", "fold 2 of 2"]
     assert sum(line.startswith("epoch 3 of 3") for line in lines) == 2
     held_out = read_held_out(tmp_path / "cv").columns

@@ -56,9 +56,8 @@ def test_a_card_names_other_bundles_without_folders():
 
 def test_a_card_says_what_only_a_recipe_can_say(monkeypatch):
     usual = TrainSettings().content_hash()
-    monkeypatch.setitem(
-        RECIPES, "default", replace(RECIPES["default"], stem="no-pool", teacher=Path("/a/b/t"), mixup=0.2)
-    )
+    recipe = replace(RECIPES["default"], stem="no-pool", teacher=Path("/somewhere/t"), mixup=0.2)
+    monkeypatch.setitem(RECIPES, "default", recipe)
     said = TrainSettings()
     assert said.network_config(50).stem == "no-pool"
     assert said.recorded() | {"stem": "no-pool", "teacher": "t", "mixup": 0.2, "smoothing": 0.0} == said.recorded()

@@ -216,12 +216,10 @@ def test_a_bundle_of_another_tile_size_is_refused(make_store, patients, trained,
 
 def test_a_bundle_that_saw_the_validation_patients_is_refused(make_store, patients, trained, tmp_path, change_recipe):
     store = make_store(patients | {"a": "val"})
-    with pytest.raises(UsageError, match="--init .*first: was trained on 1 of the patients that validate"):
+    with pytest.raises(UsageError, match=r"--init .*first: was trained on 1 of the patients that val"):
         run(store.path, tmp_path / "second", TrainSettings(init=trained, **QUICK), say=quiet)
     change_recipe(teacher=trained)
-    with pytest.raises(
-        UsageError, match="the recipe's teacher .*first: was trained on 1 of the patients that validate"
-    ):
+    with pytest.raises(UsageError, match=r"the recipe's teacher .*first: was trained on 1 of the patients"):
         run(store.path, tmp_path / "second", TrainSettings(**QUICK), say=quiet)
 
 

@@ -213,7 +213,7 @@ def _card(
             "settings": settings.recorded(),
             "epochs": epochs,
             "temperature": float(network.temperature),
-            "figures_on": "validation patients",
+            "figures_on": f"validation {settings.split_by}s",
             "figures": evaluation.intervals,
             "interval": f"95 %, bootstrap over {counts['val']['patients']} patients",
             **patients,
