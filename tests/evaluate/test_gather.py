@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from wsi_idc.errors import UsageError
+from wsi_idc.errors import ModelError, UsageError
 from wsi_idc.evaluate.gather import gather
 from wsi_idc.evaluate.held_out import read_held_out, write_held_out
 from wsi_idc.extract import extract
 from wsi_idc.infer import infer
 from wsi_idc.manifest import read_manifest
 from wsi_idc.model.bundle import read_bundle
-from wsi_idc.settings import ExtractSettings, InferSettings
-from wsi_idc.store import open_store
+from wsi_idc.settings import ExtractSettings, InferSettings, TileSpec
+from wsi_idc.store import open_store, writable_store
 
 SQUARE = [[100, 100], [250, 100], [250, 250], [100, 250], [100, 100]]
 
@@ -64,6 +64,32 @@ def test_patients_that_the_model_was_trained_on_are_refused_unless_asked_for(sto
     assert "its figures flatter it" in notes[0]
     assert notes[1] == "mean was chosen and calibrated on 1 of these 2 patients"
     assert judge(store, card(bundle, train_patients=["p0"], val_patients=["p1"])).notes == []
+
+
+def test_patients_that_a_card_lists_as_numbers_are_found_too(tmp_path, store, bundle):
+    for index in (2, 3):
+        writable_store(store.address).slide_node(f"s{index}").update({"patient_id": f"886{index}"})
+    with pytest.raises(UsageError, match=r"mean was trained on 1 of these 2 patients \(8862, ...\)"):
+        judge(store, card(bundle, train_patients=[8862, "px"]))
+    assert judge(store, card(bundle, train_patients=["008862"], val_patients=[8863])).notes == [
+        "mean was chosen and calibrated on 1 of these 2 patients"
+    ]
+
+
+def test_a_card_whose_patients_cannot_be_compared_is_one_line(store, bundle):
+    for field in ("train_patients", "val_patients"):
+        for value in (None, "p2", {"p2": 1}, ["p1", None], [["p2"]], [True], [8863.0]):
+            with pytest.raises(ModelError, match=rf"bundle\.json: training\.{field}: is not a list of patient ids"):
+                judge(store, card(bundle, **{"train_patients": [], field: value}))
+
+
+def test_slides_that_were_cut_on_different_grids_are_not_pooled(store, bundle):
+    finer = TileSpec(mpp=2.0).content()
+    writable_store(store.address).slide_node("s3").update({"tile": finer})
+    problem = "s3: was cut at 50 px at 2 um/px, and s2 at 50 px at 4 um/px"
+    with pytest.raises(UsageError, match=problem):
+        judge(store, read_bundle(bundle))
+    assert len(judge(store, read_bundle(bundle), "val").models[0]) == 24
 
 
 def test_what_cannot_be_judged_is_one_line(store, bundle, make, tmp_path, recorder):

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.train.runs import QUICK, quiet
 from wsi_idc.settings import TileSpec
 from wsi_idc.store import Store, hold_store, open_store
-from wsi_idc.store.slide import create_tiles, write_shards
+from wsi_idc.store.slide import create_tiles, tiles_per_shard, write_shards
+from wsi_idc.train import TrainSettings, run
+from wsi_idc.train.result import TrainResult
 
 SIZE = 16
+PATIENTS = {"a": "train", "b": "train", "c": "", "d": "train", "e": "val", "f": "val", "g": "test"}
 Patients = Mapping[str, str]
 """Patient id to split."""
 MakeStore = Callable[..., Store]
@@ -24,9 +28,8 @@ def make_tiles(truth: NDArray[np.bool_], generator: np.random.Generator, size: i
     return np.clip(base[:, None, None, :] + noise, 0, 255).astype(np.uint8)
 
 
-@pytest.fixture
-def make_store(tmp_path: Path) -> MakeStore:
-    """Makes a store of one slide a patient."""
+def store_maker(folder: Path) -> MakeStore:
+    """Makes stores in a folder, of one slide a patient."""
 
     def make(
         patients: Patients,
@@ -38,7 +41,7 @@ def make_store(tmp_path: Path) -> MakeStore:
         name: str = "tiles.zarr",
     ) -> Store:
         spec = TileSpec(size_px=size, mpp=4.0)
-        address = tmp_path / name
+        address = folder / name
         with hold_store(address, create=True) as store:
             for number, (patient, split) in enumerate(patients.items()):
                 generator = np.random.default_rng(number)
@@ -48,9 +51,11 @@ def make_store(tmp_path: Path) -> MakeStore:
                 node = store.slide_node(f"slide-{patient}")
                 node.begin()
                 create_tiles(node, spec, tiles)
+                step = tiles_per_shard(size)
+                shards = [pixels[start : start + step] for start in range(0, tiles, step)]
                 cell = np.stack([np.zeros(tiles, np.int32), np.arange(tiles, dtype=np.int32)], 1)
                 checksums = {
-                    "tiles": [checksum for _, checksum in write_shards(node, 0, iter([pixels]))],
+                    "tiles": [checksum for _, checksum in write_shards(node, 0, iter(shards))],
                     "idc": node.put("idc", part, ("tile",)),
                     "cell": node.put("cell", cell, ("tile", "axis")),
                 }
@@ -76,6 +81,29 @@ def make_store(tmp_path: Path) -> MakeStore:
 
 
 @pytest.fixture
+def make_store(tmp_path: Path) -> MakeStore:
+    """Makes stores of one slide a patient."""
+    return store_maker(tmp_path)
+
+
+@pytest.fixture
 def patients() -> dict[str, str]:
     """Seven patients, two of whom validate and one of whom nobody may see."""
-    return {"a": "train", "b": "train", "c": "", "d": "train", "e": "val", "f": "val", "g": "test"}
+    return dict(PATIENTS)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the seven patients, trained as `QUICK` says; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(store_maker(folder)(PATIENTS).address, folder / "first", TrainSettings(**QUICK), say=quiet)
+    return folder / "first"
+
+
+@pytest.fixture(scope="session")
+def cross_validated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult]:
+    """Two folds of the seven patients, trained as `QUICK` says, and what that gave; not to be changed."""
+    folder = tmp_path_factory.mktemp("cross_validated")
+    result = run(store_maker(folder)(PATIENTS).address, folder / "cv", TrainSettings(folds=2, **QUICK), say=quiet)
+    assert result is not None
+    return folder / "cv", result

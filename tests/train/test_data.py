@@ -9,20 +9,24 @@ from wsi_idc.train.data import Order, labelled_tiles, read_pixels
 
 
 @pytest.mark.parametrize("limit", [1e9, 1.0], ids=["in memory", "memory-mapped"])
-def test_pixels_are_those_of_the_chosen_tiles(make_store, patients, tmp_path, monkeypatch, limit):
+def test_pixels_are_those_of_the_chosen_tiles(make_store, make, patients, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr("wsi_idc.store.slide.CHUNK_BYTES", 1)
+    monkeypatch.setattr("wsi_idc.store.slide.CHUNKS_PER_SHARD", 5)
     store = make_store(patients, unknown=2)
     tiles = labelled_tiles(store)
-    monkeypatch.setattr("wsi_idc.train.data.tiles_per_shard", lambda size: 5)
     chosen = np.flatnonzero(np.random.default_rng(0).random(len(tiles)) < 0.4)
     pixels = read_pixels(tiles, chosen, tmp_path / "work" / "tiles.npy", limit)
     assert isinstance(pixels, np.memmap) == (limit == 1.0)
     for place, own in zip(chosen, pixels, strict=True):
-        assert np.array_equal(store.slide(str(tiles.slide[place])).tiles[int(tiles.row[place])], own)
+        of_slide = make.pixels_of(store.slide(str(tiles.slide[place])))
+        assert np.array_equal(of_slide[int(tiles.row[place])], own)
 
 
 def test_a_store_without_pixels_is_a_clear_line(make_store, patients):
     store = make_store(patients)
-    del store.slide_node("slide-b").group["tiles"]
+    complete = store.slide_node("slide-b").record().complete
+    del complete["checksums"]["tiles"]
+    store.slide_node("slide-b").update({"complete": complete})
     with pytest.raises(StoreError, match="slide-b: its tiles' pixels were not kept"):
         labelled_tiles(store)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from wsi_idc.errors import UsageError
+from wsi_idc.model.bundle import SHIPPED, read_bundle
 from wsi_idc.settings import build
 from wsi_idc.train.settings import AUGMENTATIONS, RECIPES, TrainSettings
 
@@ -51,6 +52,24 @@ def test_how_it_runs_does_not_change_the_hash():
 
 def test_a_card_names_other_bundles_without_folders():
     assert TrainSettings(init=Path("/somewhere/else/first")).recorded()["init"] == "first"
+
+
+def test_a_card_says_what_only_a_recipe_can_say(monkeypatch):
+    usual = TrainSettings().content_hash()
+    recipe = replace(RECIPES["default"], stem="no-pool", teacher=Path("/somewhere/t"), mixup=0.2)
+    monkeypatch.setitem(RECIPES, "default", recipe)
+    said = TrainSettings()
+    assert said.network_config(50).stem == "no-pool"
+    assert said.recorded() | {"stem": "no-pool", "teacher": "t", "mixup": 0.2, "smoothing": 0.0} == said.recorded()
+    assert said.content_hash() != usual
+
+
+def test_the_record_of_a_card_whose_mixup_was_an_option_is_still_read():
+    record = read_bundle(SHIPPED).fields.training["settings"]
+    assert (record["mixup"], record["stem"]) == (None, "standard")
+    known = {name: value for name, value in record.items() if name in TrainSettings.model_fields}
+    assert TrainSettings(**known).unlike(record) == []
+    assert TrainSettings(**known).unlike(record | {"mixup": 0.2, "lr": 1.0}) == ["lr", "mixup"]
 
 
 def test_an_impossible_value_names_its_option():

@@ -15,11 +15,9 @@ def train(
     recipe: Annotated[str | None, typer.Option(help="default or seed. [default: default]")] = None,
     network: Annotated[str | None, typer.Option(help="resnet50 or idc-2016. [default: resnet50]")] = None,
     activation: Annotated[str | None, typer.Option(help="relu or elu. [default: the recipe's]")] = None,
-    stem: Annotated[str | None, typer.Option(help="standard, stride-1 or no-pool. [default: standard]")] = None,
     input_px: Annotated[int | None, typer.Option("--input", help="Side the network sees. [default: 50, or 32]")] = None,
     flips: Annotated[str | None, typer.Option(help="none, or averaged at inference. [default: the recipe's]")] = None,
     init: Annotated[Path | None, typer.Option(help="Start from this bundle's weights.", metavar="BUNDLE")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="Also learn this bundle's answers.", metavar="BUNDLE")] = None,
     split_by: Annotated[
         str | None, typer.Option(help="patient; or tile, which leaks and warns. [default: patient]")
     ] = None,
@@ -44,8 +42,6 @@ def train(
     patience: Annotated[
         int | None, typer.Option(help="Epochs without gain; 0: never stop. [default: the recipe's]")
     ] = None,
-    mixup: Annotated[float | None, typer.Option(help="[default: the recipe's]")] = None,
-    smoothing: Annotated[float | None, typer.Option(help="Label smoothing. [default: the recipe's]")] = None,
     augmentation: Annotated[str | None, typer.Option(help="full, light or seed. [default: the recipe's]")] = None,
     context: Annotated[
         bool | None,
@@ -72,11 +68,9 @@ def train(
         recipe=recipe,
         network=network,
         activation=activation,
-        stem=stem,
         input_px=input_px,
         flips=flips,
         init=init,
-        teacher=teacher,
         split_by=split_by,
         val_split=val_split,
         folds=folds,
@@ -87,8 +81,6 @@ def train(
         batch_size=batch_size,
         lr=lr,
         patience=patience,
-        mixup=mixup,
-        smoothing=smoothing,
         augmentation=augmentation,
         context=context,
         seed=seed,
@@ -98,11 +90,23 @@ def train(
         memory_gb=memory_gb,
     )
     result = run(store, out, settings, say=console.line, resume=resume, progress=console.draws)
-    console.record("trained", bundle=str(result.bundle), epochs=result.epochs, figures=result.figures)
+    if result is None:
+        return  # A helper of another process, which tells how it went.
+    from wsi_idc.train.outputs import plain
+    from wsi_idc.train.result import tell
+
+    judges = "held-out patients" if settings.folds else f"validation {settings.split_by}s"
+    console.record(
+        "trained",
+        bundle=str(result.bundle),
+        epochs=result.epochs,
+        figures_on=judges,
+        figures=plain(result.figures),
+    )
     for note in result.notes:
         console.line(note)
     console.table(
-        ["figure", "value", "95 % interval"],
-        [[name, f"{value:.3f}", f"{low:.3f} to {high:.3f}"] for name, (value, low, high) in result.figures.items()],
+        [f"figure on {judges}", "value", "95 % interval"],
+        [[name, *tell(figure)] for name, figure in result.figures.items()],
     )
     console.line(f"wrote {result.bundle}. {USE}")

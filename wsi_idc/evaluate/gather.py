@@ -46,8 +46,8 @@ def gather(
         alone: judge each model that lets neighbours take part also by its tiles alone, as a model of its own.
 
     Raises:
-        UsageError: no slide of the split, one without a map, a map by another version of the model, two models of one
-            name, or patients that a bundle was trained on.
+        UsageError: no slide of the split, slides that were cut on different grids, one without a map, a map by another
+            version of the model, two models of one name, or patients that a bundle was trained on.
     """
     names = [_name(model) for model in models]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -71,6 +71,7 @@ def gather(
                 f"{len(labelled) - len(held_out):,} slides that it did not hold out are left out"
             )
             labelled = held_out
+    _check_one_grid(labelled)
     for model in models:
         if isinstance(model, LoadedBundle):
             notes += _check_patients(model, labelled, trained_on=trained_on)
@@ -133,12 +134,22 @@ def _held_out(model: HeldOut, slides: Sequence[StoredSlide], positive_from: floa
     ]
 
 
+def _check_one_grid(slides: Sequence[StoredSlide]) -> None:
+    """Refuse to pool tiles of different sizes or um/px: none of the figures would be of either."""
+    first = slides[0]
+    for slide in slides[1:]:
+        # As they are told: the rule for the tiles at the edge adds some and changes none.
+        if str(slide.spec) != str(first.spec):
+            problem = f"was cut at {slide.spec}, and {first.slide_id} at {first.spec}"
+            raise UsageError(slide.slide_id, problem, "extract all of them with the same --tile-size and --mpp")
+
+
 def _check_patients(bundle: LoadedBundle, slides: Sequence[StoredSlide], *, trained_on: bool) -> list[str]:
     """Notes on patients that the bundle's card names; refuses those that it was trained on unless told otherwise."""
     own = {slide.patient_id for slide in slides}
     training, name = bundle.fields.training, bundle.fields.name
-    trained = sorted(own & set(training.get("train_patients", [])))
-    tuned = sorted(own & set(training.get("val_patients", [])))
+    trained = sorted(own & bundle.fields.patients("train_patients"))
+    tuned = sorted(own & bundle.fields.patients("val_patients"))
     notes = []
     if trained:
         problem = f"{name} was trained on {len(trained)} of these {len(own)} patients ({', '.join(trained[:3])}, ...)"

@@ -1,6 +1,7 @@
 """What a cross-validation leaves behind: each tile's probability by the fold that never saw its patient."""
 
 import csv
+import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc.errors import UsageError
+from wsi_idc.files import write_whole
 
 FILE = "held-out.csv"
 _COLUMNS = {
@@ -75,10 +77,11 @@ class HeldOut:
 
 def write_held_out(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write the file, a row a tile; the keys are those of `HeldOut.columns` and `fold`."""
-    with (folder / FILE).open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(_COLUMNS))
-        writer.writeheader()
-        writer.writerows(rows)
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, fieldnames=list(_COLUMNS))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(folder / FILE, stream.getvalue().encode())
 
 
 def read_held_out(folder: Path) -> HeldOut:

@@ -141,6 +141,10 @@ class Bundle(_Part):
                 raise PydanticCustomError("patients", "is not a list of patient ids", {"within": [name]})
         return value | {name: [str(patient) for patient in patients] for name, patients in lists.items()}
 
+    def patients(self, name: str) -> set[str]:
+        """The patients of one of `PATIENT_LISTS`, as text: "007" is another one than 7; none where there is no list."""
+        return set(self.training.get(name, []))
+
     @property
     def positive_index(self) -> int | None:
         """The place of the positive class in `classes`; None where there is none."""

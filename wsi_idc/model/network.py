@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from wsi_idc.errors import ModelError
+from wsi_idc.files import write_whole
 from wsi_idc.model.config import NetworkConfig
 
 OPSET = 17
@@ -140,7 +141,7 @@ def save_weights(network: TileNetwork, path: Path) -> None:
                 value.copy_(value.half())
     state = {name: value.half() if value.ndim > 1 else value for name, value in network.state_dict().items()}
     # Not save_file, whose files only their owner may read: models are shared.
-    path.write_bytes(save({name: value.contiguous() for name, value in state.items()}))
+    write_whole(path, save({name: value.contiguous() for name, value in state.items()}))
 
 
 def export_onnx(network: TileNetwork, path: Path) -> None:

@@ -7,7 +7,7 @@ from wsi_idc.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from wsi_idc.train.data import Say
-    from wsi_idc.train.loop import TrainResult
+    from wsi_idc.train.result import TrainResult
 
 __all__ = ["TrainSettings", "run"]
 
@@ -20,8 +20,8 @@ def run(
     say: "Say",
     resume: bool = False,
     progress: bool = False,
-) -> "TrainResult":
-    """Train, and write the bundle; see `wsi_idc.train.loop.run`."""
-    from wsi_idc.train import loop
+) -> "TrainResult | None":
+    """Train, and write the bundle; see `wsi_idc.train.entry.run`."""
+    from wsi_idc.train import entry
 
-    return loop.run(store_path, out, settings, say=say, resume=resume, progress=progress)
+    return entry.run(store_path, out, settings, say=say, resume=resume, progress=progress)

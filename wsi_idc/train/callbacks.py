@@ -1,7 +1,6 @@
 """What runs beside the training loop: checkpoints that are whole or absent, averaged weights, lines for people."""
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from wsi_idc.errors import UsageError, WsiIdcError
+from wsi_idc.files import whole_file
 from wsi_idc.train.data import Say
 
 
@@ -26,16 +26,11 @@ class WholeCheckpoints(TorchCheckpointIO):  # type: ignore[misc]
             WsiIdcError: the disk is full, or cannot be written.
         """
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as stream:
+            with whole_file(path) as stream:
                 torch.save(checkpoint, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(path)
         except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             advice = "the checkpoint before it is whole: make room, then --resume"
             raise WsiIdcError(path, f"checkpoint cannot be written ({reason})", advice) from error

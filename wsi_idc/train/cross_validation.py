@@ -1,17 +1,15 @@
 """Cross-validation: a bundle a fold, and the figures of all held-out patients together."""
 
-import csv
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc.errors import UsageError
-from wsi_idc.evaluate.held_out import read_held_out, write_held_out
+from wsi_idc.evaluate.held_out import write_held_out
 from wsi_idc.evaluate.metrics import FIGURES, Evaluation, evaluate_one
 from wsi_idc.evaluate.predictions import predictions
 from wsi_idc.model.bundle import read_bundle
@@ -19,13 +17,13 @@ from wsi_idc.model.network import load_network
 from wsi_idc.train.calibrate import Judges, calibrate
 from wsi_idc.train.data import LabelledTiles, Say, read_pixels
 from wsi_idc.train.judge import expected_logit, judge_tiles
+from wsi_idc.train.one import run_split
+from wsi_idc.train.outputs import put_json, put_table
+from wsi_idc.train.ranks import rank
+from wsi_idc.train.result import TrainResult
 from wsi_idc.train.settings import TrainSettings
 from wsi_idc.train.splits import Split
-
-if TYPE_CHECKING:
-    from wsi_idc.train.loop import TrainResult
-
-SUMMARY = "cross-validation.json"
+from wsi_idc.train.study import SUMMARY
 
 
 @dataclass(frozen=True)
@@ -39,27 +37,16 @@ class Fold:
     mean: float | None
 
 
-@dataclass(frozen=True)
-class Study:
-    """A cross-validation that is done, as another training uses it.
-
-    Attributes:
-        judges: a part a fold, the held-out patients.
-        recorded: name, counts and figures, for the card.
-    """
-
-    judges: list[Judges]
-    recorded: dict[str, Any]
-
-
 def cross_validate(
     tiles: LabelledTiles,
     splits: Iterable[Split],
     out: Path,
     settings: TrainSettings,
-    train: "Callable[[Path, Split], TrainResult]",
     say: Say,
-) -> "TrainResult":
+    *,
+    resume: bool,
+    progress: bool,
+) -> TrainResult | None:
     """Train each fold that has no bundle yet, and predict the patients that it never saw.
 
     The temperatures and thresholds that a fold's held-out patients are judged by come from its validation patients and
@@ -70,22 +57,33 @@ def cross_validate(
         splits: the folds.
         out: takes `fold-1`, `fold-2` ..., `folds.csv`, `held-out.csv` and `cross-validation.json`.
         settings: what the user said.
-        train: trains one split into a folder.
         say: takes lines for the user.
-    """
-    from wsi_idc.train.loop import TrainResult
+        resume: go on where a fold was broken off.
+        progress: draw a progress bar on the terminal.
 
+    Returns:
+        What came out; None in a helper process. One is started for each fold that is trained, the first that has no
+        bundle then, and ends with it.
+
+    Raises:
+        UsageError: a fold that is there was made otherwise; and as `one.run_split`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     folds: list[Fold] = []
     epochs = 0
     for number, split in enumerate(splits, start=1):
         folder = out / f"fold-{number}"
         if folder.exists():
+            if rank():
+                continue
             _check_fold(folder, tiles, split, settings)
             say(f"fold {number}: done before")
         else:
             say(f"fold {number} of {settings.folds}")
-            epochs += train(folder, split).epochs
+            result = run_split(tiles, split, folder, settings, say, resume=resume, progress=progress)
+            if result is None:
+                return None
+            epochs += result.epochs
         folds.append(_predict(folder, tiles, split, settings, number))
     columns = [_columns(fold, folds, tiles) for fold in folds]
     rows = []
@@ -95,7 +93,7 @@ def cross_validate(
         rows.append({"fold": fold.number, **counts, "threshold": threshold, **judged.intervals})
     pooled = {key: np.concatenate([own[key] for own in columns]) for key in columns[0]}
     whole = _judge("cross-validation", pooled, settings.seed)
-    _write_csv(out / "folds.csv", [_flat(row) for row in rows])
+    put_table(out / "folds.csv", [_flat(row) for row in rows])
     write_held_out(out, _tile_rows(pooled))
     summary = {
         "settings": settings.recorded(),
@@ -105,55 +103,14 @@ def cross_validate(
         "pooled": whole.intervals,
         "pooled_alone": _judge("alone", pooled, settings.seed, "alone").intervals,
     }
-    (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    put_json(out / SUMMARY, summary)
     return TrainResult(out, epochs, whole.intervals, list(whole.notes))
-
-
-def read_study(folder: Path, tiles: LabelledTiles, settings: TrainSettings) -> Study:
-    """A cross-validation of the recipe that is being trained, on the same store.
-
-    Raises:
-        UsageError: none is there, it is damaged, or it is of other settings or another store.
-    """
-    option = f"--cross-validation {folder}"
-    try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        known, identity = dict(summary["settings"]), summary["data_identity"]
-        counts = {"patients": int(summary["patients"]), "folds": len(summary["folds"])}
-        figures, alone = summary["pooled"], summary["pooled_alone"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        advice = "give the folder of a finished train --folds; run that again if an older version made it"
-        raise UsageError(option, "holds no finished cross-validation", advice) from error
-    if identity != tiles.identity:
-        raise UsageError(option, "was made on another store", "cross-validate on the store that is trained on")
-    # A final training starts from other weights than a fold, and may look at another number of folds.
-    apart = {"folds", "init", "teacher"}
-    wanted = settings.recorded()
-    if other := sorted(name for name in wanted if name not in apart and known.get(name) != wanted[name]):
-        raise UsageError(option, f"was made with other settings ({', '.join(other)})", "give the same ones")
-    columns = read_held_out(folder).columns
-    place = {key: index for index, key in enumerate(zip(tiles.slide.tolist(), tiles.row.tolist(), strict=True))}
-    judges = []
-    for fold in np.unique(columns["fold"]):
-        own = np.flatnonzero(columns["fold"] == fold)
-        keys = zip(columns["slide"][own].tolist(), columns["row"][own].tolist(), strict=True)
-        places = np.array([place[key] for key in keys])
-        truth = tiles.positive(settings.positive_from)[places]
-        judges.append(Judges(columns["logit"][own], tiles.cell[places], tiles.slide[places], truth))
-    recorded = {
-        "name": folder.resolve().name,
-        **counts,
-        "tiles": len(columns["fold"]),
-        "interval": f"95 %, bootstrap over {counts['patients']} patients",
-        "figures": figures,
-    }
-    return Study(judges, recorded | ({"figures_alone": alone} if alone != figures else {}))
 
 
 def _check_fold(folder: Path, tiles: LabelledTiles, split: Split, settings: TrainSettings) -> None:
     training = read_bundle(folder).fields.training
     same = (
-        training.get("settings") == settings.recorded()
+        not settings.unlike(training.get("settings", {}))
         and training.get("held_out_patients") == np.unique(tiles.patient[split.held_out]).tolist()
         and training.get("data_identity") == tiles.identity
     )
@@ -217,10 +174,3 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     for key in FIGURES:
         flat |= {key: row[key][0], f"{key}_low": row[key][1], f"{key}_high": row[key][2]}
     return flat
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -1,7 +1,5 @@
 """From a trained network to a bundle: calibration, graphs, checks that all forms agree, the card."""
 
-import csv
-import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,16 +15,19 @@ from wsi_idc import USE
 from wsi_idc.errors import WsiIdcError
 from wsi_idc.evaluate.metrics import FIGURES, Evaluation, evaluate_one
 from wsi_idc.evaluate.predictions import predictions
+from wsi_idc.files import write_whole
 from wsi_idc.model.bundle import Bundle, read_bundle
 from wsi_idc.model.network import TileNetwork, export_onnx, quantize, save_weights
 from wsi_idc.model.runtime import load_runtime, predict_all
 from wsi_idc.train.calibrate import calibrate
-from wsi_idc.train.cross_validation import read_study
 from wsi_idc.train.data import LabelledTiles, Say
 from wsi_idc.train.history import draw_history, merge_logs
 from wsi_idc.train.judge import expected_logit, judge_tiles
+from wsi_idc.train.outputs import plain, put_json, put_table
+from wsi_idc.train.result import Figure, tell
 from wsi_idc.train.settings import TrainSettings
 from wsi_idc.train.splits import Split
+from wsi_idc.train.study import read_study
 
 FLOAT32_TOLERANCE = 1e-4
 INT8_AUC_LOSS = 0.002
@@ -44,7 +45,7 @@ TITLES = {"resnet50": "ResNet-50", "idc-2016": "IDC network of 2016, three convo
 class Finished:
     """What `finish` tells: figures as (value, low, high), and lines for the user."""
 
-    figures: dict[str, tuple[float, float, float]]
+    figures: dict[str, Figure]
     notes: list[str]
 
 
@@ -122,25 +123,27 @@ def _write(
     card = _card(network, tiles, split, settings, name, calibration.threshold, evaluation, epochs)
     if context:
         card["context"] = context.model_dump()
-        card["training"]["figures_alone"] = _plain(alone.intervals)
+        card["training"]["figures_alone"] = plain(alone.intervals)
     if study:
-        card["training"]["cross_validation"] = _plain(study.recorded)
-    _put_json(folder / "bundle.json", card)
+        card["training"]["cross_validation"] = plain(study.recorded)
+    put_json(folder / "bundle.json", card)
     _check_graph(folder, probability, pixels["val"], settings.threads)
     notes = list(evaluation.notes)
     quantize(folder / "model.onnx", folder / "model.int8.onnx", _calibration(pixels["train"], settings.seed))
     card["graph"]["int8"] = "model.int8.onnx"
-    _put_json(folder / "bundle.json", card)
+    put_json(folder / "bundle.json", card)
     loss = alone.figures["roc_auc"].value - _int8_auc(folder, pixels["val"], val.truth, settings.threads)
     card["training"]["int8_auc_loss"] = round(loss, 5)
     if loss > INT8_AUC_LOSS:
         (folder / "model.int8.onnx").unlink()
         del card["graph"]["int8"]
         notes.append(f"int8 loses {loss:.4f} AUC on validation, more than {INT8_AUC_LOSS}: it is not written")
-    _put_json(folder / "bundle.json", card)
+    put_json(folder / "bundle.json", card)
     rows = merge_logs(work / "logs")
-    _put_history(folder, rows)
-    (folder / "CARD.md").write_text(card_text(card), encoding="utf-8")
+    if rows:
+        put_table(folder / "history.csv", rows)
+        write_whole(folder / "history.png", draw_history(rows))
+    write_whole(folder / "CARD.md", card_text(card).encode())
     for line in notes:
         say(line)
     return Finished(evaluation.intervals, notes)
@@ -210,7 +213,7 @@ def _card(
             "settings": settings.recorded(),
             "epochs": epochs,
             "temperature": float(network.temperature),
-            "figures_on": "validation patients",
+            "figures_on": f"validation {settings.split_by}s",
             "figures": evaluation.intervals,
             "interval": f"95 %, bootstrap over {counts['val']['patients']} patients",
             **patients,
@@ -221,31 +224,8 @@ def _card(
             "limits": list(LIMITS),
         },
     }
-    fields: dict[str, Any] = _plain(Bundle.model_validate(card).model_dump(mode="json", exclude_none=True))
+    fields: dict[str, Any] = plain(Bundle.model_validate(card).model_dump(mode="json", exclude_none=True))
     return fields
-
-
-def _plain(value: Any) -> Any:
-    """The value with NaN as null, since JSON has none."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _put_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _put_history(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    if not rows:
-        return
-    with (folder / "history.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "history.png").write_bytes(draw_history(rows))
 
 
 def card_text(card: Mapping[str, Any]) -> str:
@@ -296,8 +276,4 @@ def card_text(card: Mapping[str, Any]) -> str:
 
 
 def _figure_lines(figures: Mapping[str, Sequence[float | None]]) -> list[str]:
-    rows = []
-    for key, values in figures.items():
-        value, low, high = ("undefined" if number is None else f"{number:.3f}" for number in values)
-        rows.append(f"| {FIGURES[key]} | {value} | {low} to {high} |")
-    return rows
+    return [f"| {FIGURES[key]} | {' | '.join(tell(figure))} |" for key, figure in figures.items()]

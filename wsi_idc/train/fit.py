@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -26,6 +28,7 @@ from wsi_idc.model.network import TileNetwork
 from wsi_idc.train.callbacks import AveragedWeights, Lines, WholeCheckpoints, read_checkpoint
 from wsi_idc.train.data import Batches, Order, Say
 from wsi_idc.train.module import Training
+from wsi_idc.train.outputs import put_json
 from wsi_idc.train.settings import Recipe, TrainSettings
 
 VAL_BATCH = 256
@@ -108,7 +111,7 @@ def fit(
         if start:
             say(f"going on after epoch {start}")
         trainer = _trainer(settings, recipe, work, say, progress=progress)
-        with _quiet():
+        with _quiet(), _own_group(trainer):
             try:
                 trainer.fit(module, data, ckpt_path=str(last) if start else None, weights_only=True)
             except SystemExit:
@@ -120,9 +123,7 @@ def fit(
                 raise WsiIdcError(work, f"training stopped ({reason})", advice) from error
         if not trainer.is_global_zero:
             return int(trainer.current_epoch)
-        partial = trained.with_suffix(".partial")
-        partial.write_text(json.dumps({"epochs": trainer.current_epoch}) + "\n", encoding="utf-8")
-        partial.replace(trained)
+        put_json(trained, {"epochs": trainer.current_epoch})
     state = read_checkpoint(best)["state_dict"]
     prefix = "network."
     network.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if prefix in key[:8]})
@@ -178,6 +179,27 @@ def _trainer(settings: TrainSettings, recipe: Recipe, work: Path, say: Say, *, p
             enable_model_summary=False,
             default_root_dir=work,
         )
+
+
+@contextmanager
+def _own_group(trainer: pl.Trainer) -> Iterator[None]:
+    """Helper processes for one training alone: afterwards they have ended, and this process is as it was before.
+
+    Lightning leaves LOCAL_RANK and the group's address in the environment. A second training in this process would take
+    them for a sign that somebody else starts its helpers, start none, and wait for them without end.
+    """
+    before = dict(os.environ)
+    try:
+        yield
+        if torch.distributed.is_initialized():
+            # All have come here, so that no helper finds its group gone in the middle of a last exchange.
+            trainer.strategy.barrier()
+            torch.distributed.destroy_process_group()
+            for helper in trainer.strategy.launcher.procs:
+                helper.wait()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What `train` can be told, and the two recipes that fill in what it is not told."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,6 +65,8 @@ class Recipe:
         ema: decay of the weights' moving average; 0 for none.
         mixup: parameter of the Beta distribution (Zhang et al., ICLR 2018, arXiv:1710.09412); 0 for none.
         smoothing: label smoothing; labels become `smoothing / 2` and `1 - smoothing / 2`.
+        stem: of `resnet50`; see `NetworkConfig`.
+        teacher: a bundle, or a cross-validation, whose probabilities training tiles are taught beside their labels.
         context: let the neighbours of a tile take part in its probability, as far as the validation patients say.
     """
 
@@ -82,6 +85,8 @@ class Recipe:
     ema: float = 0.0
     mixup: float = 0.0
     smoothing: float = 0.0
+    stem: Stem = "standard"
+    teacher: Path | None = None
     context: bool = False
 
 
@@ -125,11 +130,9 @@ class TrainSettings(Settings):
     recipe: Annotated[RecipeName, Field(json_schema_extra=CONTENT)] = "default"
     network: Annotated[Kind, Field(json_schema_extra=CONTENT)] = "resnet50"
     activation: Annotated[Activation | None, Field(json_schema_extra=CONTENT)] = None
-    stem: Annotated[Stem, Field(json_schema_extra=CONTENT)] = "standard"
     input_px: Annotated[int | None, Field(ge=8, le=1024, json_schema_extra=CONTENT)] = None
     flips: Annotated[Flips | None, Field(json_schema_extra=CONTENT)] = None
     init: Annotated[Path | None, Field(json_schema_extra=CONTENT)] = None
-    teacher: Annotated[Path | None, Field(json_schema_extra=CONTENT)] = None
     split_by: Annotated[Literal["patient", "tile"], Field(json_schema_extra=CONTENT)] = "patient"
     val_split: Annotated[float, Field(gt=0.0, le=0.5, json_schema_extra=CONTENT)] = 0.15
     folds: Annotated[int, Field(ge=0, le=100, json_schema_extra=CONTENT)] = 0
@@ -139,8 +142,6 @@ class TrainSettings(Settings):
     batch_size: Annotated[int | None, Field(ge=2, le=65536, json_schema_extra=CONTENT)] = None
     lr: Annotated[float | None, Field(gt=0.0, le=10.0, json_schema_extra=CONTENT)] = None
     patience: Annotated[int | None, Field(ge=0, le=10000, json_schema_extra=CONTENT)] = None
-    mixup: Annotated[float | None, Field(ge=0.0, le=10.0, json_schema_extra=CONTENT)] = None
-    smoothing: Annotated[float | None, Field(ge=0.0, lt=1.0, json_schema_extra=CONTENT)] = None
     augmentation: Annotated[AugmentationName | None, Field(json_schema_extra=CONTENT)] = None
     context: Annotated[bool | None, Field(json_schema_extra=CONTENT)] = None
     # Not content: the weights do not depend on it, so that a training that is done can be given one by --resume.
@@ -151,10 +152,24 @@ class TrainSettings(Settings):
     threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=RUNTIME)] = 0
     memory_gb: Annotated[float, Field(gt=0.0, le=4096.0, json_schema_extra=RUNTIME)] = 4.0
 
+    def content(self) -> dict[str, Any]:
+        """What changes a result, as plain JSON types: what was said, and what only a recipe can say."""
+        return super().content() | _by_recipe_alone(self.resolve())
+
     def recorded(self) -> dict[str, Any]:
         """The content for a model card: other bundles by name, without this machine's folders."""
-        names = {name: path.name for name in ("init", "teacher") if (path := getattr(self, name)) is not None}
-        return self.content() | names
+        content = self.content()
+        return content | {name: Path(content[name]).name for name in ("init", "teacher") if content[name] is not None}
+
+    def unlike(self, record: Mapping[str, Any]) -> list[str]:
+        """Names of what a card, or a cross-validation's summary, has recorded otherwise, sorted.
+
+        Where the record has nothing for what only a recipe can say, it stands for the recipe's: so it was recorded when
+        that could be said beside the recipe.
+        """
+        usual = _by_recipe_alone(RECIPES[self.recipe])
+        known = {**record, **{name: usual[name] for name in usual if record.get(name) is None}}
+        return sorted(name for name, value in self.recorded().items() if known.get(name) != value)
 
     def resolve(self) -> Recipe:
         """The recipe, with what was said put in."""
@@ -170,7 +185,13 @@ class TrainSettings(Settings):
             tile_px=tile_px,
             input_px=self.input_px or INPUT_PX[self.network],
             activation=recipe.activation,
-            stem=self.stem,
+            stem=recipe.stem,
             contrast=recipe.contrast,
             flips=recipe.flips,
         )
+
+
+def _by_recipe_alone(recipe: Recipe) -> dict[str, Any]:
+    """What only a recipe can say, no option: as plain JSON types."""
+    teacher = None if recipe.teacher is None else str(recipe.teacher)
+    return {"stem": recipe.stem, "teacher": teacher, "mixup": recipe.mixup, "smoothing": recipe.smoothing}

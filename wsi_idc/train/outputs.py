@@ -1,0 +1,42 @@
+"""What a training writes beside the network: records and tables, each whole or absent."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wsi_idc.files import write_whole
+
+
+def put_json(path: Path, value: Any) -> None:
+    """Write a record; NaN becomes null, since JSON has none.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_whole(path, (json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def put_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a CSV; the columns are the keys of the first row.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, stream.getvalue().encode())
+
+
+def plain(value: Any) -> Any:
+    """The value with tuples as lists, and NaN and the infinities as None."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
