@@ -37,7 +37,7 @@ def test_transparent_regions_are_background(tmp_path):
 def test_the_manifests_resolution_wins_with_a_warning(tmp_path, make):
     path = make.write_tiff(tmp_path / "a.tif", make.texture(200, 200), mpp=4.0)
     with open_slide(path, 4.1) as slide:
-        assert (slide.mpp, slide.mpp_source, slide.warnings) == ((4.1, 4.1), "manifest", [])
+        assert (slide.mpp, slide.mpp_source, slide.warnings) == ((4.1, 4.1), "given", [])
     with open_slide(path, 4.5) as slide:
         assert slide.warnings == ["um/px 4.5 given, the file says 4 (TIFF resolution tag)"]
 
@@ -88,11 +88,11 @@ def test_a_picture_needs_a_resolution_and_then_is_a_slide(tmp_path, make, suffix
 
 
 def test_a_picture_too_large_to_hold_is_refused_before_it_is_decoded(tmp_path, make, monkeypatch):
-    from wsi_idc.slides import backends
+    from wsi_idc.slides import arrays
 
-    monkeypatch.setattr(backends, "MAX_PICTURE_PIXELS", 1000)
+    monkeypatch.setattr(arrays, "MAX_PICTURE_PIXELS", 1000)
     Image.fromarray(make.texture(120, 90)).save(tmp_path / "a.png")
-    with pytest.raises(SlideError, match="120 x 90 pixels without levels"):
+    with pytest.raises(SlideError, match="without levels of 120 x 90 pixels"):
         open_slide(tmp_path / "a.png", 4.0)
 
 
