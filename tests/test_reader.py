@@ -11,7 +11,7 @@ from PIL import Image
 from wsi_idc import reader
 from wsi_idc.errors import RegionError, SlideError
 from wsi_idc.grid import Grid
-from wsi_idc.reader import check_resolution, choose_source, read_tiles
+from wsi_idc.reader import SlidePool, check_fit, choose_source, read_tiles
 from wsi_idc.settings import TileSpec
 from wsi_idc.slides import open_slide
 
@@ -150,7 +150,59 @@ def test_other_tiles_of_a_broken_slide_can_still_be_read(tmp_path, make):
 def test_a_slide_too_coarse_for_the_tiles_is_refused(tmp_path, make):
     path = make.write_tiff(tmp_path / "a.tif", make.texture(200, 200), mpp=9.0)
     with open_slide(path) as slide, pytest.raises(SlideError, match="too coarse"):
-        check_resolution(slide, Grid(TileSpec(), slide.size, slide.mpp))
+        check_fit(slide, Grid(TileSpec(), slide.size, slide.mpp))
+
+
+@pytest.mark.parametrize(("mpp", "told"), [(4.0, []), (4.03, []), (6.0, ["upsampled 1.5 times"])])
+def test_a_slide_somewhat_too_coarse_is_used_with_a_warning(tmp_path, make, mpp, told):
+    path = make.write_tiff(tmp_path / "a.tif", make.texture(200, 200), mpp=mpp)
+    with open_slide(path) as slide:
+        warnings = check_fit(slide, Grid(TileSpec(), slide.size, slide.mpp))
+    assert [line.split(" are ")[-1] for line in warnings] == told
+
+
+def count_openings(monkeypatch, module, name):
+    opened, plain = [], getattr(module, name)
+
+    def counting(path):
+        opened.append(path)
+        return plain(path)
+
+    monkeypatch.setattr(module, name, counting)
+    return opened
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jp2"])
+def test_a_picture_is_decoded_once_for_all_threads(tmp_path, make, monkeypatch, suffix):
+    from wsi_idc import slides
+
+    pixels = make.texture(1500, 1400)
+    Image.fromarray(pixels).save(tmp_path / f"a{suffix}")
+    opened = count_openings(monkeypatch, slides, "open_picture")
+    with open_slide(tmp_path / f"a{suffix}", 4.0) as slide:
+        grid = Grid(TileSpec(), slide.size, slide.mpp)
+    opened.clear()
+    tiles = list(read_tiles(lambda: open_slide(tmp_path / f"a{suffix}", 4.0), grid, grid.cells(), batch=9, threads=4))
+    assert len(opened) == 1
+    assert len(np.concatenate(tiles)) == len(grid)
+
+
+def test_a_pool_opens_what_cannot_be_shared_once_a_thread(tmp_path, make):
+    path = make.write_tiff(tmp_path / "a.tif", make.texture(200, 200))
+    barrier, got = threading.Barrier(3), []
+    pool = SlidePool(lambda: open_slide(path))
+
+    def take():
+        barrier.wait()
+        got.extend([pool.get(), pool.get()])
+
+    threads = [threading.Thread(target=take) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(slide) for slide in got}) == 3
+    pool.close()
 
 
 @pytest.mark.parametrize("patient", ["8863", "8867", "14082"])

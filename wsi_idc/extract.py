@@ -22,7 +22,7 @@ from wsi_idc.cluster import (
     threads_per_task,
 )
 from wsi_idc.digests import checksum, digest, fingerprint
-from wsi_idc.errors import SlideError
+from wsi_idc.errors import AccessError, SlideError
 from wsi_idc.grid import Grid
 from wsi_idc.manifest import Row
 from wsi_idc.plan import Plan, plan
@@ -41,7 +41,7 @@ def wanted(row: Row, settings: ExtractSettings) -> dict[str, Any]:
     """What the tiles of a slide are made from, by the names that a user is told: the reasons to do it again.
 
     Raises:
-        SlideError: the source cannot be read.
+        AccessError: the source cannot be read.
     """
     content = settings.content()
     tile = content.pop("tile")
@@ -58,7 +58,7 @@ def wanted(row: Row, settings: ExtractSettings) -> dict[str, Any]:
             "mask": fingerprint(row.mask) if row.mask else None,
         }
     except OSError as error:
-        raise SlideError(row.path, f"cannot be read ({error.strerror or error})", "check the file") from error
+        raise AccessError.of(row.path, error) from error
 
 
 @dataclass(frozen=True)
@@ -200,11 +200,11 @@ class ExtractJob:
         return Store(self.store_path, read_only=False).slide_node(self.row.slide_id)
 
     def _open(self) -> Slide:
-        return open_slide(self.row.path, self.row.mpp)
+        return open_slide(self.row.path, self.row.mpp, self.settings.reader)
 
     def prepare(self) -> Prepared:
         """Find the tissue, and write all that does not need the tiles' pixels."""
-        from wsi_idc.reader import check_resolution
+        from wsi_idc.reader import check_fit
         from wsi_idc.store import tiles_per_chunk, tiles_per_shard
 
         made_from = self.planned.made_from or wanted(self.row, self.settings)
@@ -212,9 +212,7 @@ class ExtractJob:
         with self._open() as slide:
             grid = Grid(spec, slide.size, slide.mpp)
             warnings = list(slide.warnings)
-            if slide.patches is not None:
-                self._check_patches(slide, warnings)
-            check_resolution(slide, grid)
+            warnings += check_fit(slide, grid)
             thumbnail, mask, cells, tissue = find_tissue(slide, self.settings, self.row.mask, grid)
             if not len(cells):
                 warnings.append("no tissue found")
@@ -255,26 +253,21 @@ class ExtractJob:
         }
         return Prepared(blocks if self.settings.pixels else [], count, info)
 
-    def _check_patches(self, slide: Slide, warnings: list[str]) -> None:
-        from wsi_idc.slides.patches import MPP, SIDE
-
-        assert slide.patches is not None
-        spec = self.settings.tile
-        if (spec.size_px, spec.mpp, spec.stride_px) != (SIDE, MPP, SIDE) or slide.mpp != (MPP, MPP):
-            raise SlideError(
-                slide.path,
-                f"a patch folder's tiles are ready-cut, {SIDE} px at {MPP} um/px",
-                "leave --tile-size, --mpp and --stride out, and mpp in the manifest empty",
-            )
-        for reason, count in slide.patches.left_out.items():
-            warnings.append(f"{count} file{'s' if count != 1 else ''} left out: {reason}")
-
     def _labels(self, slide: Slide, grid: Grid, cells: NDArray[np.int32], warnings: list[str]) -> NDArray[np.float32]:
         """The part of each tile that is IDC: float32 (n,), NaN where the slide has no annotation."""
         if self.row.annotation is not None:
             from wsi_idc.annotations import idc_fraction
 
-            return idc_fraction(self.row.annotation, self.settings.annotation_class, grid, cells)
+            fractions, told = idc_fraction(
+                self.row.annotation,
+                self.settings.annotation_class,
+                grid,
+                cells,
+                origin=slide.origin,
+                empty=self.settings.empty_annotation,
+            )
+            warnings += told
+            return fractions
         if slide.patches is not None:
             return slide.patches.ready_cells()[1]
         return np.full(len(cells), np.nan, np.float32)

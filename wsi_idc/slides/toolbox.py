@@ -1,7 +1,8 @@
 """tiatoolbox's readers, asked for stored pixels of one level.
 
 They are what OpenSlide's refusals fall back to, and, where a user asks for them, what reads every format. Then the
-class is the one that `WSIReader.open` takes, but for its traps: it holds a plain pyramidal TIFF whole, without um/px, suffixes and not contents, and fails on a DICOM folder without a dot in its name or a Manufacturer tag.
+class is the one that `WSIReader.open` takes, but for its traps: it holds a plain pyramidal TIFF whole, without um/px,
+knows suffixes and not contents, and fails on a DICOM folder without a dot in its name or without a Manufacturer tag.
 
 um/px are those of the file: where it has none, tiatoolbox would guess them from an objective.
 """
