@@ -187,6 +187,40 @@ def test_a_picture_is_decoded_once_for_all_threads(tmp_path, make, monkeypatch, 
     assert len(np.concatenate(tiles)) == len(grid)
 
 
+def test_a_folder_of_patches_is_scanned_once_for_all_threads(tmp_path, make, monkeypatch):
+    from wsi_idc import slides
+
+    (tmp_path / "p" / "0").mkdir(parents=True)
+    for column in range(40):
+        picture = Image.fromarray(make.texture(50, 50, seed=column))
+        picture.save(tmp_path / "p" / "0" / f"p_idx5_x{column * 50 + 1}_y1_class0.png")
+    scanned, plain = [], slides.PatchFolder.__init__
+    monkeypatch.setattr(
+        slides.PatchFolder, "__init__", lambda self, folder: scanned.append(folder) or plain(self, folder)
+    )
+    _, tiles = read_all_shared(tmp_path / "p")
+    assert len(scanned) == 1
+    for column, tile in enumerate(tiles):
+        assert np.array_equal(tile, make.texture(50, 50, seed=column))
+
+
+def read_all_shared(path):
+    """All tiles of a patch folder, by four threads, its grid taken without opening it."""
+    grid = Grid(TileSpec(), (2000, 50), (4.0, 4.0))
+    return grid, np.concatenate(list(read_tiles(lambda: open_slide(path), grid, grid.cells(), batch=7, threads=4)))
+
+
+def test_a_folder_of_patches_gives_its_own_tiles_alone(tmp_path, make):
+    (tmp_path / "p" / "1").mkdir(parents=True)
+    Image.fromarray(make.texture(50, 50)).save(tmp_path / "p" / "1" / "p_idx5_x1_y1_class1.png")
+    (tmp_path / "p" / "1" / "notes.txt").write_text("x")
+    with open_slide(tmp_path / "p") as slide:
+        grid = Grid(TileSpec(), slide.size, slide.mpp)
+        assert check_fit(slide, grid) == ["1 file left out: another name than <patient>_idx5_x.._y.._class...png"]
+        with pytest.raises(SlideError, match="ready-cut"):
+            check_fit(slide, Grid(TileSpec(size_px=64), slide.size, slide.mpp))
+
+
 def test_a_pool_opens_what_cannot_be_shared_once_a_thread(tmp_path, make):
     path = make.write_tiff(tmp_path / "a.tif", make.texture(200, 200))
     barrier, got = threading.Barrier(3), []

@@ -1,6 +1,7 @@
 """Every format opens with the um/px that it really has, or is refused with one line that says why."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -93,6 +94,45 @@ def test_a_picture_too_large_to_hold_is_refused_before_it_is_decoded(tmp_path, m
     monkeypatch.setattr(arrays, "MAX_PICTURE_PIXELS", 1000)
     Image.fromarray(make.texture(120, 90)).save(tmp_path / "a.png")
     with pytest.raises(SlideError, match="without levels of 120 x 90 pixels"):
+        open_slide(tmp_path / "a.png", 4.0)
+
+
+def test_pillows_guard_stays_as_it_is(tmp_path, make):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "a.png")
+    Image.fromarray(make.texture(20, 20)).save(tmp_path / "b.png")
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(SlideError, match="a picture without levels of more than 170 million pixels"):
+        open_slide(tmp_path / "a.png", 4.0)
+    open_slide(tmp_path / "b.png", 4.0).close()
+    assert before == Image.MAX_IMAGE_PIXELS is not None
+
+
+def test_a_jpeg_2000_picture_has_the_resolution_of_its_box(tmp_path, make):
+    pixels = make.texture(64, 48)
+    path = tmp_path / "a.jp2"
+    Image.fromarray(pixels).save(path)
+    content = path.read_bytes()
+    # 'res ' with 'resc' in it: 500,000 pixels a metre, at the end of the header box 'jp2h'.
+    capture = struct.pack(">I4sHHHHbb", 18, b"resc", 5, 1, 5, 1, 5, 5)
+    box = struct.pack(">I4s", 8 + len(capture), b"res ") + capture
+    place = content.index(b"jp2h") - 4
+    length = struct.unpack(">I", content[place : place + 4])[0]
+    path.write_bytes(
+        content[:place]
+        + struct.pack(">I", length + len(box))
+        + content[place + 4 : place + length]
+        + box
+        + content[place + length :]
+    )
+    with open_slide(path) as slide:
+        assert slide.mpp == pytest.approx((2.0, 2.0))
+        assert slide.mpp_source == "JPEG 2000 resolution box"
+        assert np.array_equal(slide.read(0, 0, 0, 64, 48), pixels)
+
+
+def test_16_bit_pictures_are_refused_and_not_clipped(tmp_path):
+    Image.fromarray(np.full((20, 20), 999, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(SlideError, match="pixels are uint16 with 1 channel"):
         open_slide(tmp_path / "a.png", 4.0)
 
 
