@@ -1,7 +1,9 @@
 """The part of each tile that is IDC, against known areas, brute force and the real slides."""
 
+import errno
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ def save(folder: Path, content: Any, name: str = "a.geojson") -> Path:
 
 
 def fraction(path: Path, class_name: str = "IDC", grid: Grid = GRID) -> NDArray[np.float32]:
-    found = idc_fraction(path, class_name, grid, grid.cells())
+    found, _ = idc_fraction(path, class_name, grid, grid.cells())
     assert found.dtype == np.float32
     assert found.shape == (len(grid),)
     return found.reshape(grid.shape)
@@ -108,23 +110,45 @@ def test_what_lies_beyond_the_slide_counts_as_annotated(tmp_path: Path) -> None:
     np.testing.assert_array_equal(fraction(save(tmp_path, polygon(everything))), np.ones(GRID.shape, dtype=np.float32))
 
 
-def test_another_class_alone_is_no_idc(tmp_path: Path) -> None:
+def told(path: Path, class_name: str = "IDC", **options: Any) -> list[str]:
+    return idc_fraction(path, class_name, GRID, GRID.cells(), **options)[1]
+
+
+def test_another_class_alone_is_no_idc_and_the_classes_are_told(tmp_path: Path) -> None:
     other = feature(polygon(SQUARE), classification={"name": "Necrosis"})
     path = save(tmp_path, [other, other, feature(polygon(SQUARE), name="IDC")])
     assert classes(path) == {"Necrosis": 2}
     assert not fraction(path).any()
+    assert told(path) == [
+        "the annotation has no area of class 'IDC': no tile is positive; it has Necrosis 2, unclassified 1"
+    ]
     np.testing.assert_array_equal(fraction(path, "necrosis"), square_map())
+    assert told(path, "necrosis") == []
+    many = save(tmp_path, [feature(polygon(SQUARE), classification={"name": f"c{n}"}) for n in range(11)])
+    assert told(many)[0].endswith("c7 1 and 3 more classes")
 
 
-def test_an_annotation_without_areas_is_no_idc(tmp_path: Path) -> None:
-    path = save(tmp_path, {"type": "FeatureCollection", "features": []})
-    assert not fraction(path).any()
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"type": "FeatureCollection", "features": []},
+        [],
+        [idc(polygon([[1, 1], [2, 2]])), idc(polygon([[1, 1], [2, 2], [1, 1]]))],
+        idc({"type": "Point", "coordinates": [1, 1]}),
+    ],
+)
+def test_an_annotation_without_areas_says_nothing_of_its_tiles(tmp_path: Path, content: Any) -> None:
+    path = save(tmp_path, content)
+    assert np.isnan(fraction(path)).all()
+    assert told(path) == ["the annotation marks no area: its tiles are taken to be unknown (--empty-annotation)"]
+    found, warnings = idc_fraction(path, "IDC", GRID, GRID.cells(), empty="negative")
+    assert not found.any()
+    assert len(warnings) == 1
     assert classes(path) == {}
-    assert not fraction(save(tmp_path, [idc(polygon([[1, 1], [2, 2]])), idc(polygon([[1, 1], [2, 2], [1, 1]]))])).any()
 
 
 def test_no_cells_give_no_parts(tmp_path: Path) -> None:
-    assert idc_fraction(save(tmp_path, polygon(SQUARE)), "IDC", GRID, np.empty((0, 2), dtype=np.int32)).shape == (0,)
+    assert idc_fraction(save(tmp_path, polygon(SQUARE)), "IDC", GRID, np.empty((0, 2), dtype=np.int32))[0].shape == (0,)
 
 
 # --- ASAP ---------------------------------------------------------------------------------------------------------
@@ -166,6 +190,22 @@ def test_asap_without_groups_is_all_idc(tmp_path: Path) -> None:
     assert not fraction(save(tmp_path, asap(asap_square("None"), asap_square("other")), "a.xml")).any()
 
 
+def test_asap_counts_from_the_files_origin_and_qupath_from_the_slides(tmp_path: Path) -> None:
+    far = [[x + 1000, y + 500] for x, y in SQUARE]
+    xml = asap(asap_square("IDC"))
+    for x, y in SQUARE[:4]:
+        xml = xml.replace(f'X="{x}.0" Y="{y}"', f'X="{x + 1000}.0" Y="{y + 500}"')
+    path = save(tmp_path, xml, "a.xml")
+    found, _ = idc_fraction(path, "IDC", GRID, GRID.cells(), origin=(1000, 500))
+    np.testing.assert_array_equal(found.reshape(GRID.shape), square_map())
+    with pytest.raises(AnnotationError, match="wholly outside"):
+        fraction(path)
+    found, _ = idc_fraction(save(tmp_path, polygon(SQUARE)), "IDC", GRID, GRID.cells(), origin=(1000, 500))
+    np.testing.assert_array_equal(found.reshape(GRID.shape), square_map())
+    with pytest.raises(AnnotationError, match="wholly outside"):
+        idc_fraction(save(tmp_path, polygon(far)), "IDC", GRID, GRID.cells(), origin=(1000, 500))
+
+
 # --- mask pictures ------------------------------------------------------------------------------------------------
 
 
@@ -183,10 +223,56 @@ def test_a_mask_picture_of_any_size_is_weighted_by_area(tmp_path: Path, suffix: 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "I", "F", "RGB", "RGBA", "LA"])
 def test_every_colour_but_black_or_clear_is_idc(tmp_path: Path, mode: str) -> None:
     picture = Image.new(mode, (7, 6))
+    if mode == "P":
+        picture.putpalette([0, 0, 0, 0, 0, 1])
     picture.paste({"RGB": (0, 0, 1), "RGBA": (0, 0, 1, 255), "LA": (1, 255)}.get(mode, 1), (1, 1, 3, 3))
     path = tmp_path / "m.tif"
     picture.save(path)
     np.testing.assert_allclose(fraction(path), square_map(), atol=1e-6)
+
+
+def test_of_a_palette_the_colours_count_and_not_their_indices(tmp_path: Path) -> None:
+    picture = Image.new("P", (7, 6), 1)
+    picture.putpalette([255, 255, 255, 0, 0, 0] + [0] * 762)
+    picture.paste(0, (1, 1, 3, 3))
+    picture.save(tmp_path / "m.png")
+    np.testing.assert_allclose(fraction(tmp_path / "m.png"), square_map(), atol=1e-6)
+
+
+def test_a_black_picture_is_no_idc_and_told_of(tmp_path: Path) -> None:
+    Image.new("L", (7, 6)).save(tmp_path / "m.png")
+    assert not fraction(tmp_path / "m.png").any()
+    assert told(tmp_path / "m.png") == ["the annotation is all black: no tile is positive"]
+
+
+def test_pillows_guard_stays_as_it_is(tmp_path: Path) -> None:
+    before = Image.MAX_IMAGE_PIXELS
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "m.png")
+    with pytest.raises(AnnotationError, match="more than 67 million pixels; save it smaller"):
+        fraction(tmp_path / "m.png", grid=Grid(TileSpec(), (20_000, 20_000), (1.0, 1.0)))
+    assert before == Image.MAX_IMAGE_PIXELS is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("name", ["a.geojson", "a.geojson.gz", "a.xml", "a.png"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(AnnotationError, match=r"cannot be read \(is not a file or folder\)"):
+        fraction(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "opened"), [("a.geojson", Path), ("a.png", None)])
+def test_what_may_not_be_read_is_told_in_the_systems_words(
+    tmp_path: Path, name: str, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_bytes(b"{}")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(opened or Image, "open", refuse)
+    with pytest.raises(AnnotationError, match=r"cannot be read \(Permission denied\); check the rights"):
+        fraction(tmp_path / name)
 
 
 def test_a_clear_picture_is_no_idc(tmp_path: Path) -> None:
@@ -324,7 +410,7 @@ def test_any_json_gives_parts_or_an_annotation_error(tmp_path_factory: pytest.Te
         parts = fraction(path)
     except AnnotationError:
         return
-    assert ((parts >= 0) & (parts <= 1)).all()
+    assert ((parts >= 0) & (parts <= 1)).all() or (np.isnan(parts).all() and not read_regions(path))
     assert all(shape.is_valid for region in read_regions(path) for shape in region.polygons)
 
 

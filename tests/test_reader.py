@@ -11,7 +11,7 @@ from PIL import Image
 from wsi_idc import reader
 from wsi_idc.errors import RegionError, SlideError
 from wsi_idc.grid import Grid
-from wsi_idc.reader import check_resolution, choose_source, read_tiles
+from wsi_idc.reader import SlidePool, check_fit, choose_source, read_tiles
 from wsi_idc.settings import TileSpec
 from wsi_idc.slides import open_slide
 
@@ -150,7 +150,93 @@ def test_other_tiles_of_a_broken_slide_can_still_be_read(tmp_path, make):
 def test_a_slide_too_coarse_for_the_tiles_is_refused(tmp_path, make):
     path = make.write_tiff(tmp_path / "a.tif", make.texture(200, 200), mpp=9.0)
     with open_slide(path) as slide, pytest.raises(SlideError, match="too coarse"):
-        check_resolution(slide, Grid(TileSpec(), slide.size, slide.mpp))
+        check_fit(slide, Grid(TileSpec(), slide.size, slide.mpp))
+
+
+@pytest.mark.parametrize(("mpp", "told"), [(4.0, []), (4.03, []), (6.0, ["upsampled 1.5 times"])])
+def test_a_slide_somewhat_too_coarse_is_used_with_a_warning(tmp_path, make, mpp, told):
+    path = make.write_tiff(tmp_path / "a.tif", make.texture(200, 200), mpp=mpp)
+    with open_slide(path) as slide:
+        warnings = check_fit(slide, Grid(TileSpec(), slide.size, slide.mpp))
+    assert [line.split(" are ")[-1] for line in warnings] == told
+
+
+def count_openings(monkeypatch, module, name):
+    opened, plain = [], getattr(module, name)
+
+    def counting(path):
+        opened.append(path)
+        return plain(path)
+
+    monkeypatch.setattr(module, name, counting)
+    return opened
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jp2"])
+def test_a_picture_is_decoded_once_for_all_threads(tmp_path, make, monkeypatch, suffix):
+    from wsi_idc import slides
+
+    pixels = make.texture(1500, 1400)
+    Image.fromarray(pixels).save(tmp_path / f"a{suffix}")
+    opened = count_openings(monkeypatch, slides, "open_picture")
+    with open_slide(tmp_path / f"a{suffix}", 4.0) as slide:
+        grid = Grid(TileSpec(), slide.size, slide.mpp)
+    opened.clear()
+    tiles = list(read_tiles(lambda: open_slide(tmp_path / f"a{suffix}", 4.0), grid, grid.cells(), batch=9, threads=4))
+    assert len(opened) == 1
+    assert len(np.concatenate(tiles)) == len(grid)
+
+
+def test_a_folder_of_patches_is_scanned_once_for_all_threads(tmp_path, make, monkeypatch):
+    from wsi_idc import slides
+
+    (tmp_path / "p" / "0").mkdir(parents=True)
+    for column in range(40):
+        picture = Image.fromarray(make.texture(50, 50, seed=column))
+        picture.save(tmp_path / "p" / "0" / f"p_idx5_x{column * 50 + 1}_y1_class0.png")
+    scanned, plain = [], slides.PatchFolder.__init__
+    monkeypatch.setattr(
+        slides.PatchFolder, "__init__", lambda self, folder: scanned.append(folder) or plain(self, folder)
+    )
+    _, tiles = read_all_shared(tmp_path / "p")
+    assert len(scanned) == 1
+    for column, tile in enumerate(tiles):
+        assert np.array_equal(tile, make.texture(50, 50, seed=column))
+
+
+def read_all_shared(path):
+    """All tiles of a patch folder, by four threads, its grid taken without opening it."""
+    grid = Grid(TileSpec(), (2000, 50), (4.0, 4.0))
+    return grid, np.concatenate(list(read_tiles(lambda: open_slide(path), grid, grid.cells(), batch=7, threads=4)))
+
+
+def test_a_folder_of_patches_gives_its_own_tiles_alone(tmp_path, make):
+    (tmp_path / "p" / "1").mkdir(parents=True)
+    Image.fromarray(make.texture(50, 50)).save(tmp_path / "p" / "1" / "p_idx5_x1_y1_class1.png")
+    (tmp_path / "p" / "1" / "notes.txt").write_text("x")
+    with open_slide(tmp_path / "p") as slide:
+        grid = Grid(TileSpec(), slide.size, slide.mpp)
+        assert check_fit(slide, grid) == ["1 file left out: another name than <patient>_idx5_x.._y.._class...png"]
+        with pytest.raises(SlideError, match="ready-cut"):
+            check_fit(slide, Grid(TileSpec(size_px=64), slide.size, slide.mpp))
+
+
+def test_a_pool_opens_what_cannot_be_shared_once_a_thread(tmp_path, make):
+    path = make.write_tiff(tmp_path / "a.tif", make.texture(200, 200))
+    barrier, got = threading.Barrier(3), []
+    pool = SlidePool(lambda: open_slide(path))
+
+    def take():
+        barrier.wait()
+        got.extend([pool.get(), pool.get()])
+
+    threads = [threading.Thread(target=take) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(slide) for slide in got}) == 3
+    pool.close()
 
 
 @pytest.mark.parametrize("patient", ["8863", "8867", "14082"])

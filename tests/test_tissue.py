@@ -181,7 +181,9 @@ def test_any_nonzero_colour_of_a_mask_picture_is_tissue(tmp_path: Path, mode: st
     grey = Image.fromarray(np.where(expected, 1, 0).astype(np.uint16 if mode == "I;16" else np.uint8))
     picture = Image.fromarray(expected) if mode == "1" else grey
     if mode == "P":
-        grey.putpalette([255, 255, 255, 0, 0, 0] + [0] * 762)  # the index counts, not its colour
+        grey = Image.fromarray(np.where(expected, 0, 1).astype(np.uint8))
+        grey.putpalette([255, 255, 255, 0, 0, 0] + [0] * 762)  # the colour counts, not its index
+        picture = grey
     elif mode in ("RGB", "RGBA"):
         picture = grey.convert(mode)
     picture.save(tmp_path / f"mask{suffix}")
@@ -193,6 +195,12 @@ def test_transparent_parts_of_a_mask_are_not_tissue(tmp_path: Path) -> None:
     pixels[:2, :, 3] = 0
     Image.fromarray(pixels).save(tmp_path / "mask.png")
     assert read_mask(tmp_path / "mask.png", (4, 4)).sum(axis=1).tolist() == [0, 0, 4, 4]
+
+
+def test_a_mask_that_claims_too_much_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "mask.png")
+    with pytest.raises(AnnotationError, match="more than 67 million pixels; save it smaller"):
+        read_mask(tmp_path / "mask.png", (50, 50))
 
 
 def test_a_mask_is_resized_by_nearest_neighbour(tmp_path: Path) -> None:

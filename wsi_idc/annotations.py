@@ -19,19 +19,20 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from wsi_idc.errors import AnnotationError
+from wsi_idc.errors import AnnotationError, system_advice
 from wsi_idc.grid import Grid
+from wsi_idc.settings import EmptyAnnotation
+from wsi_idc.sources import check_source
 
 GEOJSON = (".geojson", ".json", ".geojson.gz", ".json.gz")
 ASAP = (".xml",)
 PICTURES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 
 _MAX_BYTES = 2**30
-_MAX_PIXELS = 2**26  # where Pillow begins to warn is not far above
 _MAX_COORDINATE = 1e9
 _PIECE_VERTICES = 128
 _PIECES_AT_ONCE = 64
-_SMALLER = "save it smaller: it may have any size, and 4 um/px is plenty"
+_CLASSES_SHOWN = 8
 _GEOMETRIES_WITHOUT_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString")
 
 
@@ -50,35 +51,70 @@ class Region:
     polygons: list[Any]
 
 
-def idc_fraction(annotation: Path, class_name: str, grid: Grid, cells: NDArray[np.integer]) -> NDArray[np.float32]:
+def idc_fraction(
+    annotation: Path,
+    class_name: str,
+    grid: Grid,
+    cells: NDArray[np.integer],
+    *,
+    origin: tuple[int, int] = (0, 0),
+    empty: EmptyAnnotation = "unknown",
+) -> tuple[NDArray[np.float32], list[str]]:
     """The part of each tile's area that the annotation says is IDC.
 
-    Areas of another class are not IDC. In a file without any class, those named `class_name` are; if none is, all are.
-    In a mask picture, every colour but black is (in a JPEG, what is brighter than half: it has no exact black).
+    Areas of another class are not IDC; where there are only such, somebody looked and found no IDC. In a file without
+    any class, those named `class_name` are; if none is, all are. A file without any area may be one that nobody has
+    filled in yet. In a mask picture every pixel says one or the other: see `tissue.mask_picture`.
 
     Args:
         annotation: GeoJSON, ASAP XML or a picture of the whole slide, told apart by the suffix.
         class_name: the class that is IDC, in any case.
         grid: the slide's grid.
         cells: int (n, 2) of row, column.
+        origin: the slide's top-left in the file's own level-0 pixels (x, y); ASAP counts from the file's, QuPath from
+            the slide's.
+        empty: what the tiles of a file without any area are.
 
     Returns:
-        float32 (n,), 0 to 1.
+        float32 (n,), 0 to 1, NaN where unknown; and what a user should know of them, a line each.
 
     Raises:
         AnnotationError: the file cannot be read or used, or lies wholly outside the slide.
     """
     if _suffix(annotation) in PICTURES:
-        from wsi_idc.tissue import tile_fraction
+        from wsi_idc.tissue import mask_picture, tile_fraction
 
-        return tile_fraction(_read_picture(annotation, grid.size), grid, cells)
+        mask = mask_picture(annotation, grid.size)
+        warnings = [] if mask.any() else ["the annotation is all black: no tile is positive"]
+        return tile_fraction(mask, grid, cells), warnings
     regions = read_regions(annotation)
+    if not regions:
+        value = np.nan if empty == "unknown" else 0.0
+        told = f"the annotation marks no area: its tiles are taken to be {empty} (--empty-annotation)"
+        return np.full(len(cells), value, np.float32), [told]
+    if _suffix(annotation) in ASAP and any(origin):
+        regions = [replace(region, polygons=_shifted(region.polygons, origin)) for region in regions]
     _check_place(annotation, regions, grid)
-    polygons = [polygon for region in _of_class(regions, class_name) for polygon in region.polygons]
+    chosen = _of_class(regions, class_name)
+    polygons = [polygon for region in chosen for polygon in region.polygons]
     try:
-        return _covered(polygons, grid, cells)
+        fraction = _covered(polygons, grid, cells)
     except shapely.errors.GEOSException as error:
         raise AnnotationError(annotation, f"its polygons cannot be used ({error})", "export it again") from error
+    return fraction, [] if chosen else [_other_classes(regions, class_name)]
+
+
+def _shifted(polygons: Sequence[Any], origin: tuple[int, int]) -> list[Any]:
+    """The polygons as they lie from an origin."""
+    return list(shapely.transform(np.array(polygons, dtype=object), lambda points: points - np.asarray(origin)))
+
+
+def _other_classes(regions: Sequence[Region], class_name: str) -> str:
+    """A line on the classes of an annotation that does not have the one asked for."""
+    counts = Counter(region.classes[0] if region.classes else "unclassified" for region in regions)
+    found = ", ".join(f"{name} {count}" for name, count in counts.most_common(_CLASSES_SHOWN))
+    more = f" and {len(counts) - _CLASSES_SHOWN} more classes" if len(counts) > _CLASSES_SHOWN else ""
+    return f"the annotation has no area of class {class_name!r}: no tile is positive; it has {found}{more}"
 
 
 def classes(annotation: Path) -> dict[str, int]:
@@ -123,11 +159,13 @@ def _suffix(annotation: Path) -> str:
 
 def _read_bytes(annotation: Path) -> bytes:
     try:
+        check_source(annotation)
         with gzip.open(annotation) if _suffix(annotation).endswith(".gz") else annotation.open("rb") as stream:
             data: bytes = stream.read(_MAX_BYTES + 1)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         what = getattr(error, "strerror", None) or error
-        raise AnnotationError(annotation, f"cannot be read ({what})", "check the file") from error
+        advice = system_advice(error) if isinstance(error, OSError) else "check the file"
+        raise AnnotationError(annotation, f"cannot be read ({what})", advice) from error
     if len(data) > _MAX_BYTES:
         raise AnnotationError(annotation, "is larger than 1 GiB", "simplify its polygons or give a mask picture")
     return data
@@ -360,37 +398,3 @@ def _asap_point(coordinate: ET.Element) -> tuple[float, float, float]:
     except ValueError as error:
         raise _FormatError(f"coordinates that are not numbers: {' '.join(values)[:60]!r}") from error
     return order, x, y
-
-
-# --- mask picture -------------------------------------------------------------------------------------------------
-
-
-def _read_picture(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """bool (h, w), true where the picture is not black; of the slide's aspect ratio within 2 %."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            _check_picture(path, *picture.size, size)
-            jpeg = picture.format == "JPEG"
-            clear = picture.mode in ("LA", "PA") or "transparency" in picture.info
-            pixels: NDArray[Any] = np.asarray(picture.convert("RGBA") if clear else picture)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise AnnotationError(path, "has too many pixels", _SMALLER) from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise AnnotationError(path, f"cannot be read ({error})", "give a PNG or TIFF picture") from error
-    if pixels.ndim == 3:
-        opaque = pixels[..., 3] > 0 if pixels.shape[2] == 4 else np.True_
-        pixels = pixels[..., :3].max(axis=2) * opaque
-    limit = pixels.max() / 2 if jpeg else 0
-    return np.asarray(pixels > limit, dtype=np.bool_)
-
-
-def _check_picture(path: Path, width: int, height: int, size: tuple[int, int]) -> None:
-    if width * height > _MAX_PIXELS:
-        raise AnnotationError(path, f"has {width} x {height} px, more than {_MAX_PIXELS // 2**20} Mpx", _SMALLER)
-    # Half a pixel a side is rounding, not another shape.
-    slack = 0.02 + 0.5 / width + 0.5 / height
-    if abs(width * size[1] / (height * size[0]) - 1) > slack:
-        problem = f"{width} x {height} px has another aspect ratio than the slide ({size[0]} x {size[1]} px)"
-        raise AnnotationError(path, problem, "give a mask of the whole slide")

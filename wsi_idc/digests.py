@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from wsi_idc.sources import check_source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,29 +45,44 @@ def file_digest(path: Path) -> str:
 def fingerprint(path: Path) -> str:
     """Sixteen hex digits of a file's, or a folder's, content.
 
-    Files over 8 MiB are sampled: size, and 32 samples of 64 KiB from the first byte to the last, since hashing
-    gigabytes would cost as much as reading the slide. The companion folder of a MIRAX file belongs to it.
+    A file over 8 MiB is sampled: its size, and 32 samples of 64 KiB from the first byte to the last, since hashing
+    gigabytes would cost as much as reading the slide. A folder is the names and sizes of all regular files in it, and
+    their contents laid end to end, sampled as one file is. The companion folder of a MIRAX file belongs to it.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is neither a file nor a folder.
     """
+    check_source(path)
     total = hashlib.blake2b(digest_size=8)
     companion = path.with_suffix("") if path.suffix.lower() == ".mrxs" else None
     for root in [path, *([companion] if companion and companion.is_dir() else [])]:
-        files = sorted(child for child in root.rglob("*") if child.is_file()) if root.is_dir() else [root]
+        if not root.is_dir():
+            total.update(b".\0")
+            _add_files(total, [root])
+            continue
+        files = sorted(child for child in root.rglob("*") if child.is_file())
         for file in files:
-            total.update(f"{file.relative_to(root).as_posix()}\0".encode())
-            _add_file(total, file)
+            total.update(f"{file.relative_to(root).as_posix()}\0{file.stat().st_size}\0".encode())
+        _add_files(total, files)
     return total.hexdigest()
 
 
-def _add_file(total: "hashlib.blake2b", file: Path) -> None:
-    size = file.stat().st_size
+def _add_files(total: "hashlib.blake2b", files: list[Path]) -> None:
+    """Add the length of files laid end to end, and their content, or samples of it where they are long."""
+    ends = list(accumulate(file.stat().st_size for file in files))
+    size = ends[-1] if ends else 0
     total.update(f"{size}\0".encode())
-    with file.open("rb") as stream:
-        if size <= _WHOLE:
-            total.update(stream.read())
-            return
-        for index in range(_SAMPLES):
-            stream.seek(index * (size - _SAMPLE) // (_SAMPLES - 1))
-            total.update(stream.read(_SAMPLE))
+    if size <= _WHOLE:
+        for file in files:
+            total.update(file.read_bytes())
+        return
+    for index in range(_SAMPLES):
+        first = index * (size - _SAMPLE) // (_SAMPLES - 1)
+        last = first + _SAMPLE
+        for number in range(bisect_right(ends, first), len(files)):
+            start = ends[number - 1] if number else 0
+            if start >= last:
+                break
+            with files[number].open("rb") as stream:
+                stream.seek(max(first - start, 0))
+                total.update(stream.read(last - max(first, start)))

@@ -7,8 +7,10 @@
     |   `-- StoreError          2   a store that is missing, of another format, or not a store
     |-- SlideError              1   one slide fails; the others go on
     |   |-- ResolutionError     1   um/px absent or impossible
-    |   |-- RegionError         1   a region of the slide cannot be read
-    |   |-- DamageError         1   what the store holds of a slide is not what was written
+    |   |-- DamageError         1   the file is cut short or broken
+    |   |   `-- RegionError     1   a region of it cannot be decoded
+    |   |-- AccessError         1   the system does not give the file: rights, a stale handle, a disk's error
+    |   |-- StoreDamageError    1   what the store holds of a slide is not what was written
     |   `-- AnnotationError     1   the slide's annotation cannot be used
     |-- StoreWriteError         1   the store's disk is full or takes no writes: the run ends, what was complete is kept
     `-- StoreBusyError          75  another run holds the store (EX_TEMPFAIL of sysexits.h)
@@ -16,7 +18,25 @@
 An error says which input, what is wrong, and what to do, in one line.
 """
 
+import errno
 from collections.abc import Sequence
+
+_ADVICE = {
+    errno.EACCES: "check the rights",
+    errno.EPERM: "check the rights",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EINVAL: "give a file or a folder",
+    errno.EIO: "the disk or the network failed: try again, then check them",
+    errno.ESTALE: "the file server lost it: try again",
+    errno.ENOMEM: "use fewer threads or workers",
+    errno.EMFILE: "use fewer threads or workers, or raise the limit (ulimit -n)",
+}
+
+
+def system_advice(error: OSError) -> str:
+    """What to do about a file operation that failed."""
+    return _ADVICE.get(error.errno or 0, "check the file")
 
 
 def system_reason(error: OSError) -> str:
@@ -92,11 +112,25 @@ class ResolutionError(SlideError):
     """A slide whose um/px is absent or impossible."""
 
 
-class RegionError(SlideError):
-    """A region of a slide that cannot be read."""
-
-
 class DamageError(SlideError):
+    """A slide file that is cut short or broken: another copy may be whole."""
+
+
+class RegionError(DamageError):
+    """A region of a slide that cannot be decoded."""
+
+
+class AccessError(SlideError):
+    """A slide that the system does not give: nothing is said of its content."""
+
+    @classmethod
+    def of(cls, path: object, error: OSError) -> "AccessError":
+        """What the system says of a path, and what to do about it."""
+        reason = error.strerror or str(error) or type(error).__name__
+        return cls(path, reason[:1].lower() + reason[1:], system_advice(error))
+
+
+class StoreDamageError(SlideError):
     """What the store holds of a slide is not what was written there."""
 
 

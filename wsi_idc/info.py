@@ -5,6 +5,7 @@ from typing import Any
 
 from wsi_idc.errors import UsageError
 from wsi_idc.grid import Grid
+from wsi_idc.reader import check_fit
 from wsi_idc.settings import ExtractSettings
 from wsi_idc.slides import open_slide
 from wsi_idc.work.cut import find_tissue
@@ -14,16 +15,18 @@ def describe_slide(path: Path, mpp: float | None, settings: ExtractSettings, pre
     """The facts of a slide as plain values; draws the preview where one is asked for.
 
     Returns:
-        path, format, reader; size in level-0 pixels (width, height); mpp in um/px (x, y) and mpp_source; levels, each
-        with its size and um/px; objective (magnification, or None); associated pictures; the grid in words; tiles with
-        tissue, and cells of the grid; warnings; preview.
+        path, format, reader; size in level-0 pixels (width, height); mpp in um/px (x, y) and mpp_source; origin, the
+        slide's top-left in the file's own pixels (x, y); levels, each with its size and um/px; objective
+        (magnification, or None); associated pictures; the grid in words; tiles with tissue, and cells of the grid;
+        warnings; preview.
 
     Raises:
-        SlideError: it cannot be opened or read.
+        SlideError: it cannot be opened or read, or cannot give such tiles: what extract would say.
         UsageError: the preview cannot be written.
     """
-    with open_slide(path, mpp) as slide:
+    with open_slide(path, mpp, settings.reader) as slide:
         grid = Grid(settings.tile, slide.size, slide.mpp)
+        warnings = [*slide.warnings, *check_fit(slide, grid)]
         thumbnail, mask, cells, _ = find_tissue(slide, settings, None, grid)
         about = slide.description
         fields: dict[str, Any] = {
@@ -33,6 +36,7 @@ def describe_slide(path: Path, mpp: float | None, settings: ExtractSettings, pre
             "size": list(slide.size),
             "mpp": list(slide.mpp),
             "mpp_source": slide.mpp_source,
+            "origin": list(slide.origin),
             "levels": [
                 {"size": list(level.size), "mpp": slide.level_mpp(number)} for number, level in enumerate(slide.levels)
             ],
@@ -41,7 +45,7 @@ def describe_slide(path: Path, mpp: float | None, settings: ExtractSettings, pre
             "grid": str(settings.tile),
             "tiles": len(cells),
             "cells": len(grid),
-            "warnings": slide.warnings,
+            "warnings": warnings,
         }
     if preview is not None:
         from PIL import Image
@@ -67,6 +71,7 @@ def info_lines(fields: dict[str, Any]) -> list[str]:
         ("path", fields["path"]),
         ("format", f"{fields['format']}, read by {fields['reader']}"),
         ("size", f"{width} x {height} px, {width * x / 1000:.4g} x {height * y / 1000:.4g} mm"),
+        *([("origin", "x {}, y {} of the file".format(*fields["origin"]))] if any(fields["origin"]) else []),
         ("um/px", f"{x:.6g} x {y:.6g} ({fields['mpp_source']})"),
         *(
             (

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from wsi_idc.errors import SlideError
 from wsi_idc.grid import Grid
 from wsi_idc.slides import Slide
+from wsi_idc.slides.patches import MPP, SIDE, PatchFolder
 
 BLOCK = 512
 """Side of a block in level pixels; rounded up to whole stored tiles."""
@@ -59,25 +60,53 @@ def choose_source(slide: Slide, grid: Grid) -> Source:
     return Source(level, scale, stored, (width * -(-BLOCK // width), height * -(-BLOCK // height)))
 
 
-def check_resolution(slide: Slide, grid: Grid) -> None:
-    """Refuse a slide that is coarser than the tiles asked for.
+def check_fit(slide: Slide, grid: Grid) -> list[str]:
+    """Refuse a slide that cannot give the tiles asked for.
+
+    Returns:
+        What a user should know of those that it gives, a line each.
 
     Raises:
-        SlideError: even its finest level has over twice the um/px asked.
+        SlideError: even its finest level has over twice the um/px asked; or it is a folder of ready-cut patches, and
+            other tiles are asked for.
     """
-    if slide.level_mpp(0) > 2 * grid.spec.mpp:
+    if slide.patches is not None:
+        return _check_patches(slide, slide.patches, grid)
+    finest = max(slide.mpp)
+    if finest > 2 * grid.spec.mpp:
         raise SlideError(
             slide.path,
-            f"its finest level has {slide.level_mpp(0):.4g} um/px, too coarse for tiles at {grid.spec.mpp:g}",
+            f"its finest level has {finest:.4g} um/px, too coarse for tiles at {grid.spec.mpp:g}",
             "scan it at a higher magnification, or ask for coarser tiles with --mpp",
         )
+    if finest > grid.spec.mpp * (1 + UPSAMPLING):
+        by = f"{finest / grid.spec.mpp:.3g} times"
+        return [f"its finest level has {finest:.4g} um/px: tiles at {grid.spec.mpp:g} are upsampled {by}"]
+    return []
+
+
+def _check_patches(slide: Slide, patches: PatchFolder, grid: Grid) -> list[str]:
+    spec = grid.spec
+    if (spec.size_px, spec.mpp, spec.stride_px) != (SIDE, MPP, SIDE) or slide.mpp != (MPP, MPP):
+        raise SlideError(
+            slide.path,
+            f"a patch folder's tiles are ready-cut, {SIDE} px at {MPP} um/px",
+            "leave --tile-size, --mpp and --stride out, and mpp in the manifest empty",
+        )
+    return [f"{count} file{'s' if count != 1 else ''} left out: {reason}" for reason, count in patches.left_out.items()]
 
 
 class SlidePool:
-    """One open slide a thread: readers keep a position and a cache of their own."""
+    """Open slides for threads: one for all where the slide says that it may be shared, else one a thread.
+
+    Most readers keep a position and a cache of their own; pictures in memory, OME-NGFF and folders of patches do not,
+    and would be decoded or scanned again for each thread.
+    """
 
     def __init__(self, opener: Callable[[], Slide]) -> None:
         self._opener = opener
+        self._first = Lock()
+        self._for_all: Slide | None = None
         self._here = local()
         self._all: list[Slide] = []
         self._lock = Lock()
@@ -85,10 +114,21 @@ class SlidePool:
     def get(self) -> Slide:
         """The calling thread's slide."""
         slide: Slide | None = getattr(self._here, "slide", None)
-        if slide is None:
-            slide = self._here.slide = self._opener()
-            with self._lock:
-                self._all.append(slide)
+        if slide is not None:
+            return slide
+        # Until the first slide is open, nobody knows whether a second one is needed.
+        with self._first:
+            slide = self._for_all
+            if slide is None and not self._all:
+                slide = self._open()
+                self._for_all = slide if slide.shared else None
+        slide = self._here.slide = slide or self._open()
+        return slide
+
+    def _open(self) -> Slide:
+        slide = self._opener()
+        with self._lock:
+            self._all.append(slide)
         return slide
 
     def close(self) -> None:
@@ -115,7 +155,7 @@ def read_tiles(
     """Tiles of the cells, in their order, a batch at a time.
 
     Args:
-        opener: opens the slide; called once in each decoding thread.
+        opener: opens the slide; called once in each decoding thread, or once where the slide can be shared by them.
         grid: the slide's grid.
         cells: (n, 2) of row, column; in row order memory stays small.
         batch: tiles in each batch; the last may be shorter.
@@ -126,6 +166,7 @@ def read_tiles(
 
     Raises:
         RegionError: a region cannot be decoded.
+        AccessError: the system does not give it.
     """
     pool = SlidePool(opener)
     executor = ThreadPoolExecutor(threads, thread_name_prefix="decode")

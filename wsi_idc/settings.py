@@ -14,6 +14,8 @@ from wsi_idc.units import MPP_RANGE
 
 TissueMethod = Literal["default", "otsu", "morphological", "none"]
 LastTile = Literal["keep", "drop"]
+Reader = Literal["auto", "openslide", "tiatoolbox"]
+EmptyAnnotation = Literal["unknown", "negative"]
 Precision = Literal["auto", "float32", "int8"]
 
 CONTENT: dict[str, Any] = {"kind": "content"}
@@ -65,7 +67,9 @@ class CutSettings(Settings):
     tile: Annotated[TileSpec, Field(json_schema_extra=CONTENT)] = TileSpec()
     tissue: Annotated[TissueMethod, Field(json_schema_extra=CONTENT)] = "default"
     min_tissue: Annotated[float, Field(ge=0.0, le=1.0, json_schema_extra=CONTENT)] = 0.05
+    reader: Annotated[Reader, Field(json_schema_extra=CONTENT)] = "auto"
     annotation_class: Annotated[str, Field(min_length=1, json_schema_extra=CONTENT)] = "IDC"
+    empty_annotation: Annotated[EmptyAnnotation, Field(json_schema_extra=CONTENT)] = "unknown"
     pixels: Annotated[bool, Field(json_schema_extra=CONTENT)] = True
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wsi_idc.errors import DamageError, StoreError
+from wsi_idc.errors import StoreDamageError, StoreError
 from wsi_idc.store import Store, open_store
 
 
@@ -47,7 +47,7 @@ def _state(store: Store, name: str, models: Sequence[str]) -> SlideState:
     record = store.slide_node(name).record()
     try:
         slide = store.slide(name)
-    except DamageError as error:
+    except StoreDamageError as error:
         return SlideState(name, "failed", "", "", error.problem)
     except StoreError:
         return SlideState(name, "failed" if record.trouble else "no", "", "", record.failed or record.trouble)

@@ -12,12 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_idc.errors import AnnotationError
+from wsi_idc.errors import AnnotationError, system_advice
 from wsi_idc.grid import Grid
 from wsi_idc.settings import TissueMethod
 
 MASK_MPP: float = 8.0
 """um/px at which a mask is best computed: walls of fat still show, and a 100,000-px slide is a small picture."""
+
+MAX_MASK_PIXELS = 2**26
+"""Pixels that a mask picture may have: at 4 um/px, 32 x 32 mm."""
+_GREY_MODES = ("1", "L", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+"""Pillow's modes of one channel whose values are what they are."""
 
 _GLASS_WHITE = 240.0
 _DARK = 90.0
@@ -222,40 +227,80 @@ def _pen(od: NDArray[np.float32]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]
 
 
 def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """A tissue mask from a picture of the whole slide; any nonzero colour is tissue.
+    """A tissue mask from a picture of the whole slide: see `mask_picture` for what is tissue in it.
 
     Args:
-        path: PNG or TIFF.
+        path: the picture.
         shape: (h, w) of the mask that is wanted; the picture is resized to it by nearest neighbour.
 
     Returns:
         bool (h, w).
 
     Raises:
-        AnnotationError: the picture cannot be read, or its aspect ratio differs from `shape` by more than 2 %.
+        AnnotationError: as `mask_picture`.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            pixels: NDArray[Any] = np.asarray(picture if picture.mode != "LA" else picture.convert("RGBA"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise AnnotationError(path, f"mask cannot be read ({error})", "give a PNG or TIFF picture") from error
-    if pixels.ndim == 3:
-        opaque = pixels[..., 3] > 0 if pixels.shape[2] == 4 else True
-        pixels = np.asarray(pixels[..., :3].any(axis=2) & opaque)
-    (h, w), (mask_h, mask_w) = shape, pixels.shape
-    # Both shapes are rounded to whole pixels: half a pixel a side is no fault of the picture's.
-    slack = 0.02 + 0.5 / h + 0.5 / w + 0.5 / mask_h + 0.5 / mask_w
-    if abs(mask_w * h / (mask_h * w) - 1.0) > slack:
-        raise AnnotationError(
-            path,
-            f"mask of {mask_w} x {mask_h} px has another aspect ratio than the slide ({w} x {h})",
-            "give a mask of the whole slide",
-        )
+    h, w = shape
+    pixels = mask_picture(path, (w, h))
+    mask_h, mask_w = pixels.shape
     rows = ((np.arange(h) + 0.5) * mask_h / h).astype(np.intp)
     columns = ((np.arange(w) + 0.5) * mask_w / w).astype(np.intp)
-    return np.asarray(pixels[np.ix_(rows, columns)] != 0, dtype=np.bool_)
+    return pixels[np.ix_(rows, columns)]
+
+
+def mask_picture(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """A mask, of tissue or of an annotation, from a picture of the whole slide at any resolution.
+
+    What is on is every colour but black: of a palette the colours count, not their indices; of grey pictures any value
+    but 0, whether they have 1, 8, 16 or 32 bits. What is wholly transparent is off, whatever its colour. JPEG has no
+    exact black: there, what is brighter than half of the brightest pixel is on.
+
+    Args:
+        path: PNG, TIFF, BMP or JPEG of at most `MAX_MASK_PIXELS`; of more pages the first.
+        size: (width, height) of the slide, in any unit: the picture must have its aspect ratio within 2 %.
+
+    Returns:
+        bool (h, w), of the picture's size.
+
+    Raises:
+        AnnotationError: it cannot be read, is larger, or of another aspect ratio.
+    """
+    from wsi_idc.slides.pictures import PictureSizeError, opened_picture
+
+    try:
+        with opened_picture(path, MAX_MASK_PIXELS) as picture:
+            _check_aspect(path, picture.size, size)
+            jpeg = picture.format == "JPEG"
+            if picture.mode not in _GREY_MODES or (picture.mode in "1L" and picture.has_transparency_data):
+                pixels: NDArray[Any] = np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
+            else:
+                pixels = np.asarray(picture)
+    except PictureSizeError as error:
+        advice = "save it smaller: it may have any size, and 4 um/px is plenty"
+        raise AnnotationError(path, f"mask has {error}", advice) from error
+    except OSError as error:
+        if error.errno:
+            raise AnnotationError(path, f"mask cannot be read ({error.strerror})", system_advice(error)) from error
+        raise AnnotationError(path, f"mask cannot be read ({error})", "give a PNG or TIFF picture") from error
+    except (ValueError, SyntaxError) as error:
+        raise AnnotationError(path, f"mask cannot be read ({error})", "give a PNG or TIFF picture") from error
+    if pixels.ndim == 3:
+        opaque = pixels[..., 3] > 0 if pixels.shape[2] == 4 else np.True_
+        pixels = pixels[..., :3].max(axis=2) * opaque
+    elif pixels.dtype.kind == "f":
+        pixels = np.nan_to_num(pixels)
+    return np.asarray(pixels > pixels.max() / 2 if jpeg else pixels != 0, dtype=np.bool_)
+
+
+def _check_aspect(path: Path, found: tuple[int, int], size: tuple[int, int]) -> None:
+    (width, height), (w, h) = found, size
+    # Both are rounded to whole pixels: half a pixel a side is no fault of the picture's.
+    slack = 0.02 + 0.5 / h + 0.5 / w + 0.5 / height + 0.5 / width
+    if abs(width * h / (height * w) - 1.0) > slack:
+        raise AnnotationError(
+            path,
+            f"mask of {width} x {height} px has another aspect ratio than the slide ({w} x {h})",
+            "give a mask of the whole slide",
+        )
 
 
 def tile_fraction(mask: NDArray[np.bool_], grid: Grid, cells: NDArray[np.integer]) -> NDArray[np.float32]:

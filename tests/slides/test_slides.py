@@ -1,6 +1,7 @@
 """Every format opens with the um/px that it really has, or is refused with one line that says why."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_transparent_regions_are_background(tmp_path):
 def test_the_manifests_resolution_wins_with_a_warning(tmp_path, make):
     path = make.write_tiff(tmp_path / "a.tif", make.texture(200, 200), mpp=4.0)
     with open_slide(path, 4.1) as slide:
-        assert (slide.mpp, slide.mpp_source, slide.warnings) == ((4.1, 4.1), "manifest", [])
+        assert (slide.mpp, slide.mpp_source, slide.warnings) == ((4.1, 4.1), "given", [])
     with open_slide(path, 4.5) as slide:
         assert slide.warnings == ["um/px 4.5 given, the file says 4 (TIFF resolution tag)"]
 
@@ -88,11 +89,50 @@ def test_a_picture_needs_a_resolution_and_then_is_a_slide(tmp_path, make, suffix
 
 
 def test_a_picture_too_large_to_hold_is_refused_before_it_is_decoded(tmp_path, make, monkeypatch):
-    from wsi_idc.slides import backends
+    from wsi_idc.slides import arrays
 
-    monkeypatch.setattr(backends, "MAX_PICTURE_PIXELS", 1000)
+    monkeypatch.setattr(arrays, "MAX_PICTURE_PIXELS", 1000)
     Image.fromarray(make.texture(120, 90)).save(tmp_path / "a.png")
-    with pytest.raises(SlideError, match="120 x 90 pixels without levels"):
+    with pytest.raises(SlideError, match="without levels of 120 x 90 pixels"):
+        open_slide(tmp_path / "a.png", 4.0)
+
+
+def test_pillows_guard_stays_as_it_is(tmp_path, make):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "a.png")
+    Image.fromarray(make.texture(20, 20)).save(tmp_path / "b.png")
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(SlideError, match="a picture without levels of more than 170 million pixels"):
+        open_slide(tmp_path / "a.png", 4.0)
+    open_slide(tmp_path / "b.png", 4.0).close()
+    assert before == Image.MAX_IMAGE_PIXELS is not None
+
+
+def test_a_jpeg_2000_picture_has_the_resolution_of_its_box(tmp_path, make):
+    pixels = make.texture(64, 48)
+    path = tmp_path / "a.jp2"
+    Image.fromarray(pixels).save(path)
+    content = path.read_bytes()
+    # 'res ' with 'resc' in it: 500,000 pixels a metre, at the end of the header box 'jp2h'.
+    capture = struct.pack(">I4sHHHHbb", 18, b"resc", 5, 1, 5, 1, 5, 5)
+    box = struct.pack(">I4s", 8 + len(capture), b"res ") + capture
+    place = content.index(b"jp2h") - 4
+    length = struct.unpack(">I", content[place : place + 4])[0]
+    path.write_bytes(
+        content[:place]
+        + struct.pack(">I", length + len(box))
+        + content[place + 4 : place + length]
+        + box
+        + content[place + length :]
+    )
+    with open_slide(path) as slide:
+        assert slide.mpp == pytest.approx((2.0, 2.0))
+        assert slide.mpp_source == "JPEG 2000 resolution box"
+        assert np.array_equal(slide.read(0, 0, 0, 64, 48), pixels)
+
+
+def test_16_bit_pictures_are_refused_and_not_clipped(tmp_path):
+    Image.fromarray(np.full((20, 20), 999, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(SlideError, match="pixels are uint16 with 1 channel"):
         open_slide(tmp_path / "a.png", 4.0)
 
 

@@ -11,7 +11,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_idc.errors import DamageError, StoreBusyError, StoreError
+from wsi_idc.errors import StoreBusyError, StoreDamageError, StoreError
 from wsi_idc.settings import TileSpec
 from wsi_idc.store import MapState, Record, StoredMap, hold_store, open_store
 from wsi_idc.store.slide import create_tiles, identity, tiles_per_chunk, tiles_per_shard, write_shards
@@ -144,7 +144,7 @@ def test_damage_is_found_in_whichever_shard_it_is(store, monkeypatch, which):
     monkeypatch.setattr("wsi_idc.store.slide.CHUNKS_PER_SHARD", 2)
     put_slide(store, count=21)
     store.backing.delete(f"slides/a/tiles/c/{which}")
-    with pytest.raises(DamageError, match="not what was written"):
+    with pytest.raises(StoreDamageError, match="not what was written"):
         list(store.slide("a").read_tiles())
     if which != 0:
         list(store.slide("a").read_tiles(0, 8))
@@ -155,10 +155,10 @@ def test_an_array_that_is_gone_or_of_another_shape_is_damage(store):
     node, slide = store.slide_node("a"), store.slide("a")
     array = zarr.open_array(store.backing.zarr(read_only=False), path="slides/a/tiles", mode="r+")
     array.resize((2, 8, 8, 3))
-    with pytest.raises(DamageError, match="shape"):
+    with pytest.raises(StoreDamageError, match="shape"):
         list(slide.read_tiles())
     store.backing.delete("slides/a/cell")
-    with pytest.raises(DamageError, match="run wsi-idc extract again"):
+    with pytest.raises(StoreDamageError, match="run wsi-idc extract again"):
         _ = slide.cell
     assert node.record().usable
 
@@ -221,7 +221,7 @@ def test_a_record_that_lacks_what_every_slide_has_is_damage(store):
     document = json.loads(store.backing.read("slides/a/zarr.json"))
     del document["attributes"]["complete"]["identity"]
     store.backing.write("slides/a/zarr.json", json.dumps(document).encode())
-    with pytest.raises(DamageError, match=r"complete\.identity"):
+    with pytest.raises(StoreDamageError, match=r"complete\.identity"):
         store.slide("a")
 
 

@@ -34,6 +34,10 @@ def extract(
     last: Annotated[
         str | None, typer.Option(help="Tiles over the slide's edge: keep, or drop. [default: keep]", metavar="RULE")
     ] = None,
+    reader: Annotated[
+        str | None,
+        typer.Option(help="What reads slides: auto, openslide or tiatoolbox. [default: auto]", metavar="READER"),
+    ] = None,
     tissue: Annotated[
         str | None,
         typer.Option(help="Tissue mask: default, otsu, morphological or none. [default: default]", metavar="METHOD"),
@@ -43,6 +47,12 @@ def extract(
     ] = None,
     annotation_class: Annotated[
         str | None, typer.Option(help="The annotations' class that is positive. [default: IDC]")
+    ] = None,
+    empty_annotation: Annotated[
+        str | None,
+        typer.Option(
+            help="Tiles of an annotation that marks nothing: unknown, or negative. [default: unknown]", metavar="RULE"
+        ),
     ] = None,
     no_pixels: Annotated[
         bool, typer.Option("--no-pixels", help="Store where the tiles are, not their pixels.")
@@ -70,7 +80,9 @@ def extract(
         tile=spec,
         tissue=tissue,
         min_tissue=min_tissue,
+        reader=reader,
         annotation_class=annotation_class,
+        empty_annotation=empty_annotation,
         pixels=not no_pixels,
         workers=workers,
         threads=threads,

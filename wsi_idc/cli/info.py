@@ -11,6 +11,10 @@ from wsi_idc.cli.options import JsonOption, console_for
 def info(
     slide: Annotated[Path, typer.Argument(help="A slide: a file, or a DICOM, OME-NGFF or patch folder.")],
     mpp: Annotated[float | None, typer.Option(help="um/px to use whatever the file says.")] = None,
+    reader: Annotated[
+        str | None,
+        typer.Option(help="What reads slides: auto, openslide or tiatoolbox. [default: auto]", metavar="READER"),
+    ] = None,
     tissue: Annotated[
         str | None,
         typer.Option(help="Tissue mask: default, otsu, morphological or none. [default: default]", metavar="METHOD"),
@@ -28,7 +32,7 @@ def info(
     from wsi_idc.info import describe_slide, info_lines
     from wsi_idc.settings import ExtractSettings, build
 
-    settings = build(ExtractSettings, tissue=tissue, min_tissue=min_tissue)
+    settings = build(ExtractSettings, reader=reader, tissue=tissue, min_tissue=min_tissue)
     fields = describe_slide(slide, mpp, settings, preview)
     console.record("info", **fields)
     for line in info_lines(fields):

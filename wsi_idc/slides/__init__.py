@@ -3,7 +3,8 @@
 `open_slide` opens every format; `detect` says, without opening it, whether a path looks like a slide.
 """
 
-import re
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -11,31 +12,47 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_idc.errors import RegionError, ResolutionError, SlideError, WsiIdcError
+from wsi_idc.errors import (
+    AccessError,
+    RegionError,
+    ResolutionError,
+    SlideError,
+    WsiIdcError,
+    system_advice,
+)
+from wsi_idc.settings import Reader
+from wsi_idc.slides import toolbox
+from wsi_idc.slides.arrays import open_ngff, open_picture
 from wsi_idc.slides.backends import (
     Backend,
     Description,
-    DicomBackend,
     Level,
     OpenSlideBackend,
-    TiffBackend,
-    open_jp2,
-    open_ngff,
-    open_picture,
+    RefusedError,
+    first_line,
+    open_without_ome,
 )
 from wsi_idc.slides.patches import PatchFolder, is_patch_folder
+from wsi_idc.slides.pictures import MAX_PICTURE_PIXELS
+from wsi_idc.slides.whole import COPY_AGAIN, check_whole, is_dicom
+from wsi_idc.sources import check_source, first_bytes
 from wsi_idc.units import MPP_RANGE
 
 __all__ = ["Description", "Level", "Slide", "detect", "open_slide"]
 
 MPP_WARNING = 0.05
-"""A manifest's um/px that differs from the file's by more than this part is used, with a warning."""
+"""A um/px given that differs from the file's by more than this part is used, with a warning."""
+MAX_THUMBNAIL_PIXELS = 100_000_000
+"""A thumbnail is held (3 bytes a pixel): at 8 um/px this is 80 x 80 mm, more than glass holds."""
+
+_STRIP = 1024
+_STRETCH = 8192
+"""(height, width) in level pixels of what is read at once for a thumbnail."""
 
 _TIFF = {".svs", ".tif", ".tiff", ".btf", ".scn", ".bif", ".ndpi", ".svslide", ".qptiff"}
 _OPENSLIDE_ONLY = {".mrxs", ".vms", ".vmu", ".czi"}
-_PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-_JP2 = {".jp2", ".j2k", ".jpx"}
-_SUFFIXES = _TIFF | _OPENSLIDE_ONLY | _PICTURES | _JP2
+_PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".jp2", ".j2k", ".jpx"}
+_SUFFIXES = _TIFF | _OPENSLIDE_ONLY | _PICTURES
 
 
 class Slide:
@@ -47,13 +64,16 @@ class Slide:
         mpp: level-0 um/px (x, y) in use.
         mpp_source: where `mpp` comes from.
         warnings: lines that a user should see.
+        origin: the slide's top-left in the file's own level-0 pixels (x, y): not (0, 0) where the file has bounds.
+            Positions everywhere count from it, as QuPath's do; those of programs that show the whole file do not.
     """
 
     def __init__(self, path: Path, backend: Backend, mpp: float | None = None) -> None:
         self.path = path
         self._backend = backend
         self.description = backend.description
-        self.warnings: list[str] = []
+        self.origin = self.description.origin
+        self.warnings: list[str] = list(self.description.warnings)
         self.mpp, self.mpp_source = _resolve_mpp(path, self.description, mpp, self.warnings)
 
     @property
@@ -70,6 +90,11 @@ class Slide:
     def patches(self) -> PatchFolder | None:
         """The folder of ready-cut patches that this slide is, or None."""
         return self._backend if isinstance(self._backend, PatchFolder) else None
+
+    @property
+    def shared(self) -> bool:
+        """Whether threads may read from it at once."""
+        return self._backend.shared
 
     def level_mpp(self, level: int) -> float:
         """um/px of a level: the finer of its two axes."""
@@ -89,6 +114,8 @@ class Slide:
 
         Raises:
             RegionError: the region cannot be decoded; names its level-0 coordinates.
+            AccessError: the system does not give it.
+            MemoryError: there is none for it.
         """
         level_width, level_height = self.levels[level].size
         left, top = max(x, 0), max(y, 0)
@@ -99,14 +126,18 @@ class Slide:
             pixels = _on_background(
                 self._backend.read(level, left, top, right - left, bottom - top), self.description.background
             )
+        except MemoryError:
+            raise
         except Exception as error:
             down = self.levels[level].downsample
             place = f"x {round(left * down[0])}, y {round(top * down[1])}"
             extent = f"{round((right - left) * down[0])} x {round((bottom - top) * down[1])} px"
+            problem = f"cannot read the region at {place} ({extent} of level 0, level {level})"
+            trouble = _system_trouble(self.path, error)
+            if trouble is not None:
+                raise AccessError(self.path, f"{problem}: {trouble.strerror}", system_advice(trouble)) from error
             raise RegionError(
-                self.path,
-                f"cannot read the region at {place} ({extent} of level 0, level {level}): {_first_line(error)}",
-                "the file is damaged there: scan or copy it again",
+                self.path, f"{problem}: {first_line(error)}", f"the file is damaged there: {COPY_AGAIN}"
             ) from error
         if pixels.shape[:2] == (height, width):
             return pixels
@@ -120,22 +151,38 @@ class Slide:
     def thumbnail(self, mpp: float) -> tuple[NDArray[np.uint8], float]:
         """The whole slide at about `mpp` um/px, area-averaged from the coarsest level that is at least as fine.
 
-        Read strip by strip, so that a slide without coarse levels is never held.
+        Read piece by piece, so that a slide without coarse levels is never held.
 
         Returns:
             uint8 (h, w, 3) RGB, and its um/px (of the x axis).
+
+        Raises:
+            ResolutionError: it would have more than `MAX_THUMBNAIL_PIXELS`.
+            RegionError, AccessError: as `read`.
         """
         from PIL import Image
 
         level = max((n for n in range(len(self.levels)) if self.level_mpp(n) <= mpp * 1.01), default=0)
         factor = max(1, round(mpp / self.level_mpp(level)))
         width, height = self.levels[level].size
-        strip = max(factor, 1024 // factor * factor)
-        strips = []
+        shape = (-(-height // factor), -(-width // factor))
+        if shape[0] * shape[1] > MAX_THUMBNAIL_PIXELS:
+            sides = [side * part / 1000 for side, part in zip(self.size, self.mpp, strict=True)]
+            raise ResolutionError(
+                self.path,
+                f"{self.size[0]} x {self.size[1]} px at {self.mpp[0]:.4g} um/px would be {sides[0]:,.0f} x"
+                f" {sides[1]:,.0f} mm, larger than any slide",
+                "give the true um/px in the manifest's column mpp (info: --mpp)",
+            )
+        thumbnail = np.empty((*shape, 3), np.uint8)
+        strip, stretch = (max(factor, side // factor * factor) for side in (_STRIP, _STRETCH))
         for y in range(0, height, strip):
-            pixels = Image.fromarray(self.read(level, 0, y, width, min(strip, height - y)))
-            strips.append(np.asarray(pixels.reduce(factor) if factor > 1 else pixels))
-        return np.concatenate(strips), self.mpp[0] * self.levels[level].downsample[0] * factor
+            for x in range(0, width, stretch):
+                piece = self.read(level, x, y, min(stretch, width - x), min(strip, height - y))
+                small = np.asarray(Image.fromarray(piece).reduce(factor)) if factor > 1 else piece
+                top, left = y // factor, x // factor
+                thumbnail[top : top + small.shape[0], left : left + small.shape[1]] = small
+        return thumbnail, self.mpp[0] * self.levels[level].downsample[0] * factor
 
     def close(self) -> None:
         """Let go of the file."""
@@ -172,7 +219,7 @@ def _resolve_mpp(
             raise ResolutionError(path, f"um/px {asked:g} given is impossible", f"give one within {low} to {high:g}")
         if found is not None and max(abs(asked / value - 1) for value in found) > MPP_WARNING:
             warnings.append(f"um/px {asked:g} given, the file says {found[0]:.4g} ({description.mpp_source})")
-        return (asked, asked), "manifest"
+        return (asked, asked), "given"
     if found is None:
         hint = f"the objective is {description.objective:g}x, " if description.objective else ""
         advice = f"{hint}give it in the manifest's column mpp (info: --mpp)"
@@ -206,10 +253,7 @@ def _first_files(folder: Path, limit: int = 50) -> list[Path]:
 
 
 def _is_dicom(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
+    return path.is_file() and is_dicom(first_bytes(path, 132))
 
 
 def _looks_like_ngff(path: Path) -> bool:
@@ -217,75 +261,120 @@ def _looks_like_ngff(path: Path) -> bool:
     return any('"multiscales"' in text for text in texts)
 
 
-def open_slide(path: Path, mpp: float | None = None) -> Slide:
+def open_slide(path: Path, mpp: float | None = None, reader: Reader = "auto") -> Slide:
     """Open a slide of any format.
 
     Args:
         path: a file; or a folder: DICOM, OME-NGFF, or an IDC patient's patches.
         mpp: um/px to use whatever the file says.
+        reader: "auto": the one that knows the format best, and another only where that one does not know it;
+            "openslide" or "tiatoolbox": that one alone.
 
     Raises:
-        SlideError: it is no slide, or a damaged one: one line says why.
+        DamageError: it is a damaged slide.
+        AccessError: the system does not give it.
         ResolutionError: um/px is absent or impossible, in the file and in `mpp`.
+        SlideError: it is no slide: one line says why.
+        MemoryError: there is none for it.
     """
     path = Path(path)
-    if not path.exists():
-        raise SlideError(path, "not found", "check the path")
+    try:
+        check_source(path)
+        warnings = [line for part in _parts(path) for line in check_whole(part)]
+        openers = _openers(path, reader)
+    except FileNotFoundError as error:
+        raise AccessError(path, "not found", "check the path") from error
+    except OSError as error:
+        raise AccessError.of(path, error) from error
+    backend = _first_that_knows(path, openers)
+    try:
+        _check_pieces(path, backend.description)
+        slide = Slide(path, backend, mpp)
+    except WsiIdcError:
+        backend.close()
+        raise
+    slide.warnings[:0] = warnings
+    return slide
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of a slide that can be looked at for being whole."""
+    if not path.is_dir():
+        return [path]
+    return [] if is_patch_folder(path) else [child for child in sorted(path.iterdir()) if _is_dicom(child)]
+
+
+def _first_that_knows(path: Path, openers: list[Callable[[Path], Backend]]) -> Backend:
+    """The file opened by the first reader that knows its format; see `open_slide` for what is raised."""
     refusals: list[str] = []
-    for opener in _openers(path):
+    for opener in openers:
         try:
-            backend = opener(path)
-        except WsiIdcError:
+            return opener(path)
+        except RefusedError as error:
+            refusals.append(str(error))
+        except (WsiIdcError, MemoryError):
             raise
         except Exception as error:
-            refusals.append(_first_line(error))
-            continue
-        try:
-            return Slide(path, backend, mpp)
-        except WsiIdcError:
-            backend.close()
-            raise
+            trouble = _system_trouble(path, error)
+            if trouble is not None:
+                raise AccessError.of(path, trouble) from error
+            # It knows the format and fails: a laxer reader would make of it what it can, and say nothing.
+            refusals.append(first_line(error))
+            break
     if not refusals:
         raise SlideError(path, "not a slide", "see the formats in the README")
     raise SlideError(path, "cannot be opened as a slide", " / ".join(dict.fromkeys(refusals)))
 
 
-def _openers(path: Path) -> list[Callable[[Path], Backend]]:
-    """The readers to try, in order."""
-    if path.is_dir():
-        if is_patch_folder(path):
-            return [PatchFolder]
-        if (path / "zarr.json").is_file() or (path / ".zattrs").is_file() or (path / ".zgroup").is_file():
-            return [open_ngff]
-        return [_open_dicom_by_openslide, DicomBackend] if any(map(_is_dicom, _first_files(path))) else []
+def _system_trouble(path: Path, error: Exception) -> OSError | None:
+    """What the system says, where a reader failed for it and not for what is in the file; readers blur the two."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a place that no file has
+        return error
+    try:
+        for part in _parts(path):
+            first_bytes(part, 1)
+    except OSError as said:
+        return said
+    for code in (errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE):
+        if os.strerror(code).casefold() in str(error).casefold():
+            return OSError(code, os.strerror(code))
+    return None
+
+
+def _check_pieces(path: Path, description: Description) -> None:
+    """Refuse a file that stores so much in one piece that decoding it would take more memory than stated."""
+    for level in description.levels:
+        width, height = level.block
+        if width * height > MAX_PICTURE_PIXELS:
+            raise SlideError(path, f"stores tiles of {width} x {height} px", "convert it to tiles of 256 or 512 px")
+
+
+def _openers(path: Path, reader: Reader) -> list[Callable[[Path], Backend]]:
+    """The readers to try, in order: the next one where one does not know the format."""
+    folder = path.is_dir()
+    if folder and is_patch_folder(path):
+        if reader != "auto":
+            raise SlideError(path, f"{reader} reads no folder of patches", "leave --reader out")
+        return [PatchFolder]
+    ngff = folder and any((path / name).is_file() for name in ("zarr.json", ".zattrs", ".zgroup"))
+    dicom = any(map(_is_dicom, _first_files(path))) if folder else _is_dicom(path)
+    if folder and not ngff and not dicom:
+        return []
+    if reader == "tiatoolbox":
+        return [toolbox.open_any]
+    if reader == "openslide":
+        return [_open_dicom_by_openslide if folder and dicom else OpenSlideBackend]
+    if ngff:
+        return [open_ngff]
+    if dicom:
+        return [_open_dicom_by_openslide if folder else OpenSlideBackend, toolbox.open_dicom]
     suffix = path.suffix.lower()
     if suffix in _PICTURES:
         return [open_picture]
-    if suffix in _JP2:
-        return [open_jp2]
-    if _is_dicom(path):
-        return [OpenSlideBackend, DicomBackend]
-    return [OpenSlideBackend, TiffBackend, _open_plain_tiff] if suffix in _TIFF else [OpenSlideBackend]
+    return [open_without_ome, toolbox.open_tiff, open_picture] if suffix in _TIFF else [OpenSlideBackend]
 
 
 def _open_dicom_by_openslide(folder: Path) -> Backend:
     """OpenSlide is given one file of a DICOM folder and finds the others of its series itself."""
     first = next(child for child in _first_files(folder) if _is_dicom(child))
     return OpenSlideBackend(first)
-
-
-def _open_plain_tiff(path: Path) -> Backend:
-    """A TIFF that is neither tiled nor OME: a picture, if a small one."""
-    from PIL import UnidentifiedImageError
-
-    try:
-        return open_picture(path)
-    except (UnidentifiedImageError, OSError) as error:
-        raise OSError("no reader knows this TIFF") from error
-
-
-def _first_line(error: BaseException) -> str:
-    """A reader's reason in one line, without addresses and paths."""
-    text = str(error).strip() or type(error).__name__
-    line = re.sub(r"^Reading \S+: ", "", text.splitlines()[0].strip())
-    return re.sub(r"<([\w.]+) object at 0x[0-9a-f]+>", r"\1", line)[:200]

@@ -50,6 +50,8 @@ class PatchFolder:
         left_out: reason -> number of files that are not.
     """
 
+    shared = True
+
     def __init__(self, folder: Path) -> None:
         self.cells: dict[tuple[int, int], Patch] = {}
         self.left_out: dict[str, int] = {}

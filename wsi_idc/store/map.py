@@ -71,7 +71,7 @@ class StoredMap:
         """An array of the map, checked: `probability`, `alone` or `0` (the image).
 
         Raises:
-            DamageError: it is not what was written.
+            StoreDamageError: it is not what was written.
         """
         checksums = (self.record.complete or {}).get("checksums")
         expected = checksums.get(name) if isinstance(checksums, dict) else None

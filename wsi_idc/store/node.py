@@ -16,7 +16,7 @@ import zarr
 from numpy.typing import NDArray
 
 from wsi_idc.digests import checksum
-from wsi_idc.errors import DamageError
+from wsi_idc.errors import StoreDamageError
 from wsi_idc.store.backing import Backing
 
 FORMAT = "wsi-idc-store/2"
@@ -154,7 +154,7 @@ class Node:
         """An array of the group, whose values nobody has checked.
 
         Raises:
-            DamageError: it is not there, or its metadata cannot be read.
+            StoreDamageError: it is not there, or its metadata cannot be read.
         """
         with self.reading(name):
             return zarr.open_array(self._zarr, path=f"{self.path}/{name}", mode="r", zarr_format=3)
@@ -167,7 +167,7 @@ class Node:
             expected: its checksum, as the record has it.
 
         Raises:
-            DamageError: it is not what was written.
+            StoreDamageError: it is not what was written.
         """
         array = self.array(name)
         with self.reading(name):
@@ -177,12 +177,14 @@ class Node:
         return values
 
     def reading(self, name: str) -> "_Reading":
-        """Around reads of an array: what a damaged array makes zarr raise becomes a `DamageError`."""
+        """Around reads of an array: what a damaged array makes zarr raise becomes a `StoreDamageError`."""
         return _Reading(self, name)
 
-    def damaged(self, name: str, problem: str) -> DamageError:
+    def damaged(self, name: str, problem: str) -> StoreDamageError:
         """The error that says so."""
-        return DamageError(f"{self.path}/{name}", f"the store is damaged there: {problem}", f"run {self.again} again")
+        return StoreDamageError(
+            f"{self.path}/{name}", f"the store is damaged there: {problem}", f"run {self.again} again"
+        )
 
     def commit(self, attributes: Mapping[str, Any]) -> None:
         """Make the result visible: `attributes`, with `complete` in it, in one atomic write after all else is flushed.
@@ -221,6 +223,6 @@ class _Reading:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         # Memory that ran out, or a disk that cannot be read, says nothing of what is written there.
         system = isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
-        if isinstance(error, Exception) and not system and not isinstance(error, MemoryError | DamageError):
+        if isinstance(error, Exception) and not system and not isinstance(error, MemoryError | StoreDamageError):
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise self._node.damaged(self._name, line) from error

@@ -105,7 +105,7 @@ class StoredSlide:
         record: its record, which is usable.
 
     Raises:
-        DamageError: the record lacks something that every slide has.
+        StoreDamageError: the record lacks something that every slide has.
     """
 
     def __init__(self, node: Node, record: Record) -> None:
@@ -231,7 +231,7 @@ class StoredSlide:
             uint8 (m, size, size, 3) RGB.
 
         Raises:
-            DamageError: a shard is not what was written.
+            StoreDamageError: a shard is not what was written.
         """
         stop = self.count if stop is None else stop
         array = self.node.array("tiles")

@@ -77,7 +77,7 @@ class Store:
 
         Raises:
             StoreError: they are not complete.
-            DamageError: their record is damaged.
+            StoreDamageError: their record is damaged.
         """
         node = self.slide_node(slide_id)
         record = node.record()

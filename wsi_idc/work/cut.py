@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from wsi_idc import __version__
 from wsi_idc.digests import fingerprint
-from wsi_idc.errors import SlideError, system_reason
+from wsi_idc.errors import AccessError, SlideError
 from wsi_idc.grid import Grid
 from wsi_idc.manifest import Row
 from wsi_idc.settings import CutSettings
@@ -28,7 +28,7 @@ def made_from(row: Row, settings: CutSettings) -> dict[str, Any]:
     """What the tiles of a slide are made from, by the names that a user is told: the reasons to do it again.
 
     Raises:
-        SlideError: the source cannot be read.
+        SlideError: the source is missing, or (AccessError) cannot be read.
     """
     if row.missing:
         raise SlideError(row.path, row.missing, "correct the manifest or bring the file back")
@@ -47,7 +47,7 @@ def made_from(row: Row, settings: CutSettings) -> dict[str, Any]:
             "mask": fingerprint(row.mask) if row.mask else None,
         }
     except OSError as error:
-        raise SlideError(row.path, f"cannot be read ({system_reason(error)})", "check the file") from error
+        raise AccessError.of(error.filename or row.path, error) from error
 
 
 def describe(row: Row) -> dict[str, Any]:
@@ -120,20 +120,17 @@ class CutJob:
         return writable_store(self.store).slide_node(self.row.slide_id)
 
     def _open(self) -> Slide:
-        return open_slide(self.row.path, self.row.mpp)
+        return open_slide(self.row.path, self.row.mpp, self.settings.reader)
 
     def prepare(self, work: Work) -> Prepared:
         """Find the tissue, and write all that does not need the tiles' pixels."""
-        from wsi_idc.reader import check_resolution
+        from wsi_idc.reader import check_fit
 
         need = self.made_from or made_from(self.row, self.settings)
         spec = self.settings.tile
         with self._open() as slide:
             grid = Grid(spec, slide.size, slide.mpp)
-            warnings = list(slide.warnings)
-            if slide.patches is not None:
-                self._check_patches(slide, warnings)
-            check_resolution(slide, grid)
+            warnings = [*slide.warnings, *check_fit(slide, grid)]
             thumbnail, mask, cells, tissue = find_tissue(slide, self.settings, self.row.mask, grid)
             if not len(cells):
                 warnings.append("no tissue found")
@@ -144,6 +141,7 @@ class CutJob:
                 "size": list(slide.size),
                 "mpp": list(slide.mpp),
                 "mpp_source": slide.mpp_source,
+                "origin": list(slide.origin),
             }
         node = self._node
         node.begin()
@@ -168,26 +166,21 @@ class CutJob:
         step = count if work.capacity.workers == 1 else tiles_per_shard(self.settings.tile.size_px) * SHARDS_PER_BLOCK
         return [Block(start, min(start + step, count)) for start in range(0, count, step)] if count else []
 
-    def _check_patches(self, slide: Slide, warnings: list[str]) -> None:
-        from wsi_idc.slides.patches import MPP, SIDE
-
-        assert slide.patches is not None
-        spec = self.settings.tile
-        if (spec.size_px, spec.mpp, spec.stride_px) != (SIDE, MPP, SIDE) or slide.mpp != (MPP, MPP):
-            raise SlideError(
-                slide.path,
-                f"a patch folder's tiles are ready-cut, {SIDE} px at {MPP} um/px",
-                "leave --tile-size, --mpp and --stride out, and mpp in the manifest empty",
-            )
-        for reason, count in slide.patches.left_out.items():
-            warnings.append(f"{count} file{'s' if count != 1 else ''} left out: {reason}")
-
     def _labels(self, slide: Slide, grid: Grid, cells: NDArray[np.int32], warnings: list[str]) -> NDArray[np.float32]:
         """The part of each tile that is IDC: float32 (n,), NaN where the slide has no annotation."""
         if self.row.annotation is not None:
             from wsi_idc.annotations import idc_fraction
 
-            return idc_fraction(self.row.annotation, self.settings.annotation_class, grid, cells)
+            fractions, told = idc_fraction(
+                self.row.annotation,
+                self.settings.annotation_class,
+                grid,
+                cells,
+                origin=slide.origin,
+                empty=self.settings.empty_annotation,
+            )
+            warnings += told
+            return fractions
         if slide.patches is not None:
             return slide.patches.ready_cells()[1]
         return np.full(len(cells), np.nan, np.float32)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from wsi_idc import USE, __version__
 from wsi_idc.digests import fingerprint
-from wsi_idc.errors import DamageError, SlideError, system_reason
+from wsi_idc.errors import AccessError, SlideError, StoreDamageError
 from wsi_idc.model.bundle import Bundle, Form, read_bundle
 from wsi_idc.slides import Slide, open_slide
 from wsi_idc.store import Node, Store, StoredSlide, writable_store
@@ -81,7 +81,7 @@ class ScoreJob:
         slide = self._store.slide(self.slide_id)
         try:
             yield slide
-        except DamageError as error:
+        except StoreDamageError as error:
             slide.node.fail(f"{error.subject}: {error.problem}")
             raise
 
@@ -164,7 +164,7 @@ def _check_source(slide: StoredSlide) -> None:
     try:
         same = fingerprint(path) == slide.made_from["source"]
     except OSError as error:
-        raise SlideError(path, f"cannot be read ({system_reason(error)})", "check the file") from error
+        raise AccessError.of(path, error) from error
     if not same:
         raise SlideError(path, "changed since it was extracted", "run wsi-idc extract again")
 
@@ -177,7 +177,7 @@ def _batches(slide: StoredSlide, block: Block, batch: int, threads: int) -> Iter
     from wsi_idc.reader import read_tiles
 
     def opener() -> Slide:
-        return open_slide(Path(slide.path), slide.made_from["slide um/px"])
+        return open_slide(Path(slide.path), slide.made_from["slide um/px"], slide.made_from["reader"])
 
     yield from read_tiles(opener, slide.grid, slide.cell[block.start : block.stop], batch=batch, threads=threads)
 
