@@ -23,6 +23,7 @@ from wsi_idc.errors import AnnotationError, system_advice
 from wsi_idc.grid import Grid
 from wsi_idc.settings import EmptyAnnotation
 from wsi_idc.sources import check_source
+from wsi_idc.units import FILE_ORIGIN, Level0Px
 
 GEOJSON = (".geojson", ".json", ".geojson.gz", ".json.gz")
 ASAP = (".xml",)
@@ -57,7 +58,7 @@ def idc_fraction(
     grid: Grid,
     cells: NDArray[np.integer],
     *,
-    origin: tuple[int, int] = (0, 0),
+    origin: tuple[Level0Px, Level0Px] = FILE_ORIGIN,
     empty: EmptyAnnotation = "unknown",
 ) -> tuple[NDArray[np.float32], list[str]]:
     """The part of each tile's area that the annotation says is IDC.

@@ -17,10 +17,11 @@ from wsi_idc.errors import UsageError, WsiIdcError
 from wsi_idc.manifest import Row
 from wsi_idc.scan import write_manifest
 from wsi_idc.settings import ExtractSettings, InferSettings
+from wsi_idc.units import Level0Px, Mpp
 
-MPP = 2.0
+MPP = Mpp(2.0)
 """um/px of the demo's slides."""
-SIZE = (3200, 2400)
+SIZE = (Level0Px(3200), Level0Px(2400))
 """Level-0 (width, height) in pixels: 6.4 x 4.8 mm."""
 GLASS = (243, 242, 245)
 

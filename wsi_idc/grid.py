@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc.settings import TileSpec
+from wsi_idc.units import Level0Px, Mpp
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Grid:
     """
 
     spec: TileSpec
-    size: tuple[int, int]
-    mpp: tuple[float, float]
+    size: tuple[Level0Px, Level0Px]
+    mpp: tuple[Mpp, Mpp]
 
     @property
     def step(self) -> tuple[float, float]:

@@ -8,10 +8,11 @@ from wsi_idc.grid import Grid
 from wsi_idc.reader import check_fit
 from wsi_idc.settings import ExtractSettings
 from wsi_idc.slides import open_slide
+from wsi_idc.units import Mpp
 from wsi_idc.work.cut import find_tissue
 
 
-def describe_slide(path: Path, mpp: float | None, settings: ExtractSettings, preview: Path | None) -> dict[str, Any]:
+def describe_slide(path: Path, mpp: Mpp | None, settings: ExtractSettings, preview: Path | None) -> dict[str, Any]:
     """The facts of a slide as plain values; draws the preview where one is asked for.
 
     Returns:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from wsi_idc.errors import ManifestError
 from wsi_idc.names import check_slide_id, same_name
-from wsi_idc.units import MPP_RANGE
+from wsi_idc.units import MPP_RANGE, Mpp
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "slide_id", "patient_id", "mpp", "annotation", "mask", "split", "label")
@@ -57,7 +57,7 @@ class Row:
     slide_id: str
     path: Path
     patient_id: str
-    mpp: float | None = None
+    mpp: Mpp | None = None
     annotation: Path | None = None
     mask: Path | None = None
     split: str = ""
@@ -320,13 +320,13 @@ def _default_id(path: Path, *, absent: bool) -> str:
     return path.stem if is_file else path.name
 
 
-def _read_mpp(text: str, report: Callable[[str, str, str], None]) -> float | None:
+def _read_mpp(text: str, report: Callable[[str, str, str], None]) -> Mpp | None:
     """The um/px of a row; None where it is empty or at fault."""
     if not text:
         return None
     low, high = MPP_RANGE
     try:
-        mpp = float(text.replace("_", "?"))
+        mpp = Mpp(float(text.replace("_", "?")))
     except ValueError:
         point = f"write {text.replace(',', '.')}" if text.count(",") == 1 else "write um/px as a number such as 0.25"
         report("mpp", "is not a number", point)

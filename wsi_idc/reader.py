@@ -22,12 +22,13 @@ from wsi_idc.errors import SlideError
 from wsi_idc.grid import Grid
 from wsi_idc.slides import Slide
 from wsi_idc.slides.patches import MPP, SIDE, PatchFolder
+from wsi_idc.units import LevelPx, TilePx
 
-BLOCK = 512
+BLOCK = LevelPx(512)
 """Side of a block in level pixels; rounded up to whole stored tiles."""
 UPSAMPLING = 0.01
 """A level at most this part coarser than asked still counts as fine enough."""
-MARGIN = 2
+MARGIN = TilePx(2)
 """Tile pixels read around a resampled tile: the support of Pillow's bilinear filter is one."""
 
 
@@ -45,7 +46,7 @@ class Source:
     level: int
     scale: tuple[float, float]
     stored: bool
-    block: tuple[int, int]
+    block: tuple[LevelPx, LevelPx]
 
 
 def choose_source(slide: Slide, grid: Grid) -> Source:
@@ -57,7 +58,8 @@ def choose_source(slide: Slide, grid: Grid) -> Source:
     scale = (asked / (slide.mpp[0] * down[0]), asked / (slide.mpp[1] * down[1]))
     stored = all(abs(value - 1) * grid.spec.size_px < 0.5 for value in scale)
     width, height = (side if 0 < side <= BLOCK else 1 for side in slide.levels[level].block)
-    return Source(level, scale, stored, (width * -(-BLOCK // width), height * -(-BLOCK // height)))
+    block = (LevelPx(width * -(-BLOCK // width)), LevelPx(height * -(-BLOCK // height)))
+    return Source(level, scale, stored, block)
 
 
 def check_fit(slide: Slide, grid: Grid) -> list[str]:
@@ -249,7 +251,8 @@ class _Blocks:
 
     def _decode(self, block: tuple[int, int]) -> NDArray[np.uint8]:
         width, height = self._source.block
-        return self._pool.get().read(self._source.level, block[1] * width, block[0] * height, width, height)
+        x, y = LevelPx(block[1] * width), LevelPx(block[0] * height)
+        return self._pool.get().read(self._source.level, x, y, width, height)
 
     def _request(self, block: tuple[int, int]) -> Future[NDArray[np.uint8]]:
         """The block's pixels to come, and a few after it set going, so that decoding and resampling overlap."""

@@ -25,7 +25,7 @@ from wsi_idc.manifest import (
     split_advice,
 )
 from wsi_idc.names import MAX_ID_BYTES, check_slide_id, same_name
-from wsi_idc.units import MPP_RANGE
+from wsi_idc.units import MPP_RANGE, Mpp
 
 Kind = Literal["slide", "folder-slide", "patches"]
 Detect = Callable[[Path], Kind | None]
@@ -136,7 +136,7 @@ def scan(folder: Path, detect: Detect, splits: Mapping[str, str] | None = None) 
     return Scan(rows, left_out, unknown, [row.slide_id for row in rows if not row.split])
 
 
-def fill_mpp(rows: Sequence[Row], mpp: float, lacks_mpp: Callable[[Path], bool]) -> tuple[list[Row], list[str]]:
+def fill_mpp(rows: Sequence[Row], mpp: Mpp, lacks_mpp: Callable[[Path], bool]) -> tuple[list[Row], list[str]]:
     """The rows, with um/px for the slides that have none of their own, and what a user should know of it.
 
     Args:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from wsi_idc.digests import digest
 from wsi_idc.errors import UsageError
-from wsi_idc.units import MPP_RANGE
+from wsi_idc.units import MPP_RANGE, Mpp, TilePx
 
 TissueMethod = Literal["default", "otsu", "morphological", "none"]
 LastTile = Literal["keep", "drop"]
@@ -44,9 +44,9 @@ class Settings(BaseModel):
 class TileSpec(Settings):
     """The tile grid: size in pixels, resolution in um/px, stride in pixels of that resolution."""
 
-    size_px: Annotated[int, Field(ge=8, le=4096, json_schema_extra=CONTENT)] = 50
-    mpp: Annotated[float, Field(ge=MPP_RANGE[0], le=MPP_RANGE[1], json_schema_extra=CONTENT)] = 4.0
-    stride_px: Annotated[int, Field(ge=1, le=65536, json_schema_extra=CONTENT)] = 0
+    size_px: Annotated[TilePx, Field(ge=8, le=4096, json_schema_extra=CONTENT)] = TilePx(50)
+    mpp: Annotated[Mpp, Field(ge=MPP_RANGE[0], le=MPP_RANGE[1], json_schema_extra=CONTENT)] = Mpp(4.0)
+    stride_px: Annotated[TilePx, Field(ge=1, le=65536, json_schema_extra=CONTENT)] = TilePx(0)
     last: Annotated[LastTile, Field(json_schema_extra=CONTENT)] = "keep"
 
     @model_validator(mode="before")

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from wsi_idc.errors import AnnotationError, system_advice
 from wsi_idc.grid import Grid
 from wsi_idc.settings import TissueMethod
+from wsi_idc.units import Mpp
 
-MASK_MPP: float = 8.0
+MASK_MPP = Mpp(8.0)
 """um/px at which a mask is best computed: walls of fat still show, and a 100,000-px slide is a small picture."""
 
 MAX_MASK_PIXELS = 2**26
@@ -28,7 +29,7 @@ _GLASS_WHITE = 240.0
 _DARK = 90.0
 
 
-def tissue_mask(thumbnail: NDArray[np.uint8], mpp: float, method: TissueMethod = "default") -> NDArray[np.bool_]:
+def tissue_mask(thumbnail: NDArray[np.uint8], mpp: Mpp, method: TissueMethod = "default") -> NDArray[np.bool_]:
     """Where the slide holds tissue.
 
     Args:

@@ -31,9 +31,10 @@ def info(
     console = console_for(json_lines=json_lines)
     from wsi_idc.info import describe_slide, info_lines
     from wsi_idc.settings import ExtractSettings, build
+    from wsi_idc.units import Mpp
 
     settings = build(ExtractSettings, reader=reader, tissue=tissue, min_tissue=min_tissue)
-    fields = describe_slide(slide, mpp, settings, preview)
+    fields = describe_slide(slide, None if mpp is None else Mpp(mpp), settings, preview)
     console.record("info", **fields)
     for line in info_lines(fields):
         console.line(line)

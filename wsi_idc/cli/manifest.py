@@ -27,11 +27,12 @@ def make_manifest(
         raise UsageError(output, "is there already", "add --force to replace it, or name another file")
     from wsi_idc.scan import fill_mpp, read_split_file, scan, write_manifest
     from wsi_idc.slides import detect
+    from wsi_idc.units import Mpp
 
     found = scan(folder, detect, read_split_file(split_file) if split_file else None)
     if not found.rows:
         raise UsageError(folder, "no slide found in it", "see the formats in the README")
-    rows, lines = (found.rows, []) if mpp is None else fill_mpp(found.rows, mpp, _lacks_mpp)
+    rows, lines = (found.rows, []) if mpp is None else fill_mpp(found.rows, Mpp(mpp), _lacks_mpp)
     write_manifest(output or sys.stdout, rows)
     for line in [*found.lines(), *lines]:
         console.trouble(line)

@@ -27,7 +27,7 @@ from wsi_idc.errors import ModelError, system_reason
 from wsi_idc.model.config import Context
 from wsi_idc.names import check_slide_id
 from wsi_idc.settings import Precision, TileSpec
-from wsi_idc.units import MPP_RANGE
+from wsi_idc.units import MPP_RANGE, Mpp, TilePx
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,8 +49,8 @@ class _Part(BaseModel):
 class BundleTile(_Part):
     """The tiles that the model was trained on."""
 
-    size_px: Annotated[int, Field(ge=8, le=4096)]
-    mpp: Annotated[float, Field(ge=MPP_RANGE[0], le=MPP_RANGE[1])]
+    size_px: Annotated[TilePx, Field(ge=8, le=4096)]
+    mpp: Annotated[Mpp, Field(ge=MPP_RANGE[0], le=MPP_RANGE[1])]
 
 
 class BundleGraph(_Part):

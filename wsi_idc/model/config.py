@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from wsi_idc.units import TilePx, Um
+
 Kind = Literal["resnet50", "idc-2016"]
 Activation = Literal["relu", "elu"]
 Stem = Literal["standard", "stride-1", "no-pool"]
@@ -26,7 +28,7 @@ class Context(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    reach_um: Annotated[float, Field(gt=0.0, le=1e5)]
+    reach_um: Annotated[Um, Field(gt=0.0, le=1e5)]
     spread: Annotated[float, Field(gt=0.0, le=100.0)]
     mean: Annotated[float, Field(ge=-20.0, le=20.0)] = 0.0
     limit: Annotated[float, Field(gt=0.0, le=20.0)] = 20.0
@@ -55,7 +57,7 @@ class NetworkConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Kind = "resnet50"
-    tile_px: Annotated[int, Field(ge=8, le=4096)] = 50
+    tile_px: Annotated[TilePx, Field(ge=8, le=4096)] = TilePx(50)
     input_px: Annotated[int, Field(ge=8, le=1024)] = 50
     activation: Activation = "relu"
     stem: Stem = "standard"

@@ -36,7 +36,7 @@ from wsi_idc.slides.patches import PatchFolder, is_patch_folder
 from wsi_idc.slides.pictures import MAX_PICTURE_PIXELS
 from wsi_idc.slides.whole import COPY_AGAIN, check_whole, is_dicom
 from wsi_idc.sources import check_source, first_bytes
-from wsi_idc.units import MPP_RANGE
+from wsi_idc.units import MPP_RANGE, Level0Px, LevelPx, Mpp
 
 __all__ = ["Description", "Level", "Slide", "detect", "open_slide"]
 
@@ -68,7 +68,7 @@ class Slide:
             Positions everywhere count from it, as QuPath's do; those of programs that show the whole file do not.
     """
 
-    def __init__(self, path: Path, backend: Backend, mpp: float | None = None) -> None:
+    def __init__(self, path: Path, backend: Backend, mpp: Mpp | None = None) -> None:
         self.path = path
         self._backend = backend
         self.description = backend.description
@@ -77,9 +77,10 @@ class Slide:
         self.mpp, self.mpp_source = _resolve_mpp(path, self.description, mpp, self.warnings)
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> tuple[Level0Px, Level0Px]:
         """Level-0 (width, height) in pixels."""
-        return self.levels[0].size
+        width, height = self.levels[0].size
+        return Level0Px(width), Level0Px(height)
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -96,12 +97,12 @@ class Slide:
         """Whether threads may read from it at once."""
         return self._backend.shared
 
-    def level_mpp(self, level: int) -> float:
+    def level_mpp(self, level: int) -> Mpp:
         """um/px of a level: the finer of its two axes."""
         down = self.levels[level].downsample
-        return min(self.mpp[0] * down[0], self.mpp[1] * down[1])
+        return Mpp(min(self.mpp[0] * down[0], self.mpp[1] * down[1]))
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+    def read(self, level: int, x: LevelPx, y: LevelPx, width: LevelPx, height: LevelPx) -> NDArray[np.uint8]:
         """Pixels of a rectangle of one level.
 
         Args:
@@ -118,13 +119,14 @@ class Slide:
             MemoryError: there is none for it.
         """
         level_width, level_height = self.levels[level].size
-        left, top = max(x, 0), max(y, 0)
+        left, top = LevelPx(max(x, 0)), LevelPx(max(y, 0))
         right, bottom = min(x + width, level_width), min(y + height, level_height)
         if left >= right or top >= bottom:
             return self._blank(width, height)
         try:
             pixels = _on_background(
-                self._backend.read(level, left, top, right - left, bottom - top), self.description.background
+                self._backend.read(level, left, top, LevelPx(right - left), LevelPx(bottom - top)),
+                self.description.background,
             )
         except MemoryError:
             raise
@@ -148,7 +150,7 @@ class Slide:
     def _blank(self, width: int, height: int) -> NDArray[np.uint8]:
         return np.full((height, width, 3), self.description.background, np.uint8)
 
-    def thumbnail(self, mpp: float) -> tuple[NDArray[np.uint8], float]:
+    def thumbnail(self, mpp: Mpp) -> tuple[NDArray[np.uint8], Mpp]:
         """The whole slide at about `mpp` um/px, area-averaged from the coarsest level that is at least as fine.
 
         Read piece by piece, so that a slide without coarse levels is never held.
@@ -178,11 +180,12 @@ class Slide:
         strip, stretch = (max(factor, side // factor * factor) for side in (_STRIP, _STRETCH))
         for y in range(0, height, strip):
             for x in range(0, width, stretch):
-                piece = self.read(level, x, y, min(stretch, width - x), min(strip, height - y))
+                across, down = LevelPx(min(stretch, width - x)), LevelPx(min(strip, height - y))
+                piece = self.read(level, LevelPx(x), LevelPx(y), across, down)
                 small = np.asarray(Image.fromarray(piece).reduce(factor)) if factor > 1 else piece
                 top, left = y // factor, x // factor
                 thumbnail[top : top + small.shape[0], left : left + small.shape[1]] = small
-        return thumbnail, self.mpp[0] * self.levels[level].downsample[0] * factor
+        return thumbnail, Mpp(self.mpp[0] * self.levels[level].downsample[0] * factor)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -208,8 +211,8 @@ def _on_background(pixels: NDArray[np.uint8], background: tuple[int, int, int]) 
 
 
 def _resolve_mpp(
-    path: Path, description: Description, asked: float | None, warnings: list[str]
-) -> tuple[tuple[float, float], str]:
+    path: Path, description: Description, asked: Mpp | None, warnings: list[str]
+) -> tuple[tuple[Mpp, Mpp], str]:
     """um/px in use and where it comes from: the manifest's before the file's."""
     found = description.mpp
     low, high = MPP_RANGE
@@ -261,7 +264,7 @@ def _looks_like_ngff(path: Path) -> bool:
     return any('"multiscales"' in text for text in texts)
 
 
-def open_slide(path: Path, mpp: float | None = None, reader: Reader = "auto") -> Slide:
+def open_slide(path: Path, mpp: Mpp | None = None, reader: Reader = "auto") -> Slide:
     """Open a slide of any format.
 
     Args:

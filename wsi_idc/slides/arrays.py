@@ -13,6 +13,7 @@ from wsi_idc.errors import DamageError, SlideError
 from wsi_idc.slides.backends import Description, RefusedError, check_rgb, first_line, make_levels
 from wsi_idc.slides.pictures import MAX_PICTURE_PIXELS, PictureSizeError, opened_picture
 from wsi_idc.slides.whole import COPY_AGAIN
+from wsi_idc.units import LevelPx, Mpp
 
 MAX_LEVELS = 64
 """Levels of a pyramid: each halves the slide, and no slide can be halved more often."""
@@ -28,7 +29,7 @@ class ArrayBackend:
     axes: Sequence[str] = "yxc"
     shared: bool = True
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+    def read(self, level: int, x: LevelPx, y: LevelPx, width: LevelPx, height: LevelPx) -> NDArray[np.uint8]:
         """See `Backend.read`; the first of every other axis, such as t and z."""
         part = {"x": slice(x, x + width), "y": slice(y, y + height), "c": slice(None)}
         pixels = np.asarray(self.arrays[level][tuple(part.get(name, 0) for name in self.axes)])
@@ -67,7 +68,7 @@ def open_picture(path: Path) -> ArrayBackend:
         if isinstance(error, OSError) and error.errno:
             raise
         raise DamageError(path, f"the picture is cut short or broken: {first_line(error)}", COPY_AGAIN) from error
-    mpp = (25_400 / float(dpi[0]), 25_400 / float(dpi[1])) if dpi and min(dpi) > 0 else None
+    mpp = (Mpp(25_400 / float(dpi[0])), Mpp(25_400 / float(dpi[1]))) if dpi and min(dpi) > 0 else None
     source = "JPEG 2000 resolution box" if mpp else ""
     levels = make_levels([(pixels.shape[1], pixels.shape[0])])
     return ArrayBackend([pixels], Description(kind, "Pillow", levels, mpp, source))
@@ -123,7 +124,7 @@ def _absent_chunks(level: int, array: Any) -> Iterator[str]:
         yield f"{absent:,} of the {array.nchunks:,} chunks of level {level} are not stored: they are read as {fill}"
 
 
-def _ngff_resolution(image: Any, x: int, y: int) -> tuple[float, float] | None:
+def _ngff_resolution(image: Any, x: int, y: int) -> tuple[Mpp, Mpp] | None:
     factors = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "angstrom": 1e-4}
     axes = image.get("axes", [])
     if len(axes) <= max(x, y) or not isinstance(axes[x], dict):
@@ -131,5 +132,5 @@ def _ngff_resolution(image: Any, x: int, y: int) -> tuple[float, float] | None:
     factor = factors.get(axes[x].get("unit", ""))
     for transform in image["datasets"][0].get("coordinateTransformations", []):
         if transform.get("type") == "scale" and factor:
-            return float(transform["scale"][x]) * factor, float(transform["scale"][y]) * factor
+            return Mpp(float(transform["scale"][x]) * factor), Mpp(float(transform["scale"][y]) * factor)
     return None

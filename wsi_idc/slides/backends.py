@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 
 from wsi_idc.errors import DamageError, SlideError
 from wsi_idc.slides.whole import COPY_AGAIN
+from wsi_idc.units import FILE_ORIGIN, Level0Px, LevelPx, Mpp
 
 WHITE = (255, 255, 255)
+UNKNOWN_BLOCK = (LevelPx(0), LevelPx(0))
+"""`Level.block` of a file that does not say what it stores together."""
 
 
 class RefusedError(Exception):
@@ -36,9 +39,9 @@ class Level:
         block: (width, height) of what the file stores together, in pixels of this level; (0, 0) where unknown.
     """
 
-    size: tuple[int, int]
+    size: tuple[LevelPx, LevelPx]
     downsample: tuple[float, float]
-    block: tuple[int, int] = (0, 0)
+    block: tuple[LevelPx, LevelPx] = UNKNOWN_BLOCK
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,12 @@ class Description:
     format: str
     reader: str
     levels: tuple[Level, ...]
-    mpp: tuple[float, float] | None = None
+    mpp: tuple[Mpp, Mpp] | None = None
     mpp_source: str = ""
     objective: float | None = None
     associated: tuple[str, ...] = ()
     background: tuple[int, int, int] = WHITE
-    origin: tuple[int, int] = (0, 0)
+    origin: tuple[Level0Px, Level0Px] = FILE_ORIGIN
     warnings: tuple[str, ...] = ()
 
 
@@ -82,7 +85,7 @@ class Backend(Protocol):
     description: Description
     shared: bool
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+    def read(self, level: int, x: LevelPx, y: LevelPx, width: LevelPx, height: LevelPx) -> NDArray[np.uint8]:
         """Stored pixels of a rectangle that lies within the level: uint8 (height, width, 3 or 4)."""
 
     def close(self) -> None:
@@ -90,11 +93,16 @@ class Backend(Protocol):
 
 
 def make_levels(sizes: list[tuple[int, int]], blocks: list[tuple[int, int]] | None = None) -> tuple[Level, ...]:
-    """Levels of the sizes, finest first, and of what is stored together in each; (width, height) each."""
+    """Levels of the sizes, finest first, and of what is stored together in each; (width, height) each.
+
+    The numbers are a reader's own, which get their unit here: pixels of their level.
+    """
     width, height = sizes[0]
-    blocks = blocks or [(0, 0)] * len(sizes)
+    blocks = blocks or [UNKNOWN_BLOCK] * len(sizes)
     return tuple(
-        Level((w, h), (width / w, height / h), block) for (w, h), block in zip(sizes, blocks, strict=True) if w and h
+        Level((LevelPx(w), LevelPx(h)), (width / w, height / h), (LevelPx(across), LevelPx(down)))
+        for (w, h), (across, down) in zip(sizes, blocks, strict=True)
+        if w and h
     )
 
 
@@ -130,7 +138,7 @@ class OpenSlideBackend:
         self._handle = self._open()
         self.description = describe_handle(self._handle, "OpenSlide")
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+    def read(self, level: int, x: LevelPx, y: LevelPx, width: LevelPx, height: LevelPx) -> NDArray[np.uint8]:
         """See `Backend.read`; alpha included, since OpenSlide marks what was never scanned by it."""
         try:
             return np.asarray(self._handle.read_region(in_file(self.description, level, x, y), level, (width, height)))
@@ -192,7 +200,7 @@ def describe_handle(handle: Any, reader: str) -> Description:
             for length, side, start in zip(size, whole, origin, strict=True)
         )
         tile = [int(properties.get(f"openslide.level[{number}].tile-{side}", 0)) for side in ("width", "height")]
-        levels.append(Level((width, height), (down, down), (tile[0], tile[1])))
+        levels.append(Level((LevelPx(width), LevelPx(height)), (down, down), (LevelPx(tile[0]), LevelPx(tile[1]))))
     mpp, source = _resolution(properties)
     objective = properties.get("openslide.objective-power")
     colour = properties.get("openslide.background-color", "FFFFFF")
@@ -205,15 +213,15 @@ def describe_handle(handle: Any, reader: str) -> Description:
         objective=float(objective) if objective else None,
         associated=tuple(handle.associated_images),
         background=(int(colour[0:2], 16), int(colour[2:4], 16), int(colour[4:6], 16)),
-        origin=origin,
+        origin=(Level0Px(origin[0]), Level0Px(origin[1])),
     )
 
 
-def in_file(description: Description, level: int, x: int, y: int) -> tuple[int, int]:
+def in_file(description: Description, level: int, x: LevelPx, y: LevelPx) -> tuple[Level0Px, Level0Px]:
     """Where a level's pixel lies in the file's own level-0 pixels, as OpenSlide is asked for it."""
     down = description.levels[level].downsample
     start = [round(side / part) for side, part in zip(description.origin, down, strict=True)]
-    return round((start[0] + x) * down[0]), round((start[1] + y) * down[1])
+    return Level0Px(round((start[0] + x) * down[0])), Level0Px(round((start[1] + y) * down[1]))
 
 
 def _bounds(properties: Any, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -227,9 +235,9 @@ def _bounds(properties: Any, size: tuple[int, int]) -> tuple[tuple[int, int], tu
     return ((left, top), (right - left, bottom - top)) if left < right and top < bottom else ((0, 0), size)
 
 
-def _resolution(properties: Any) -> tuple[tuple[float, float] | None, str]:
+def _resolution(properties: Any) -> tuple[tuple[Mpp, Mpp] | None, str]:
     try:
-        mpp = (float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"]))
+        mpp = (Mpp(float(properties["openslide.mpp-x"])), Mpp(float(properties["openslide.mpp-y"])))
     except (KeyError, ValueError):
         return None, ""
     generic = properties.get("openslide.vendor") == "generic-tiff"

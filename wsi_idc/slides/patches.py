@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from wsi_idc.errors import SlideError
 from wsi_idc.slides.backends import Description, Level
+from wsi_idc.units import LevelPx, Mpp, TilePx
 
-SIDE = 50
+SIDE = TilePx(50)
 """Pixels of a patch's side."""
-MPP = 4.0
+MPP = Mpp(4.0)
 """um/px of the data set: 40x scans reduced 16:1."""
 BACKGROUND = (245, 245, 245)
 
@@ -65,7 +66,9 @@ class PatchFolder:
         self.description = Description(
             format="IDC patches",
             reader="Pillow",
-            levels=(Level((columns * SIDE, rows * SIDE), (1.0, 1.0), (SIDE, SIDE)),),
+            levels=(
+                Level((LevelPx(columns * SIDE), LevelPx(rows * SIDE)), (1.0, 1.0), (LevelPx(SIDE), LevelPx(SIDE))),
+            ),
             mpp=(MPP, MPP),
             mpp_source="the data set (2.5x)",
             background=BACKGROUND,
@@ -106,7 +109,7 @@ class PatchFolder:
         labels = np.array([self.cells[row, column].label for row, column in cells.tolist()], np.float32)
         return cells, labels
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+    def read(self, level: int, x: LevelPx, y: LevelPx, width: LevelPx, height: LevelPx) -> NDArray[np.uint8]:
         """See `Backend.read`; patches are decoded as they are met."""
         from PIL import Image
 

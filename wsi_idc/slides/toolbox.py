@@ -29,6 +29,7 @@ from wsi_idc.slides.backends import (
 from wsi_idc.slides.pictures import MAX_PICTURE_PIXELS, PictureSizeError, opened_picture
 from wsi_idc.slides.whole import is_dicom, is_tiff
 from wsi_idc.sources import first_bytes
+from wsi_idc.units import LevelPx, Mpp
 
 
 class ToolboxBackend:
@@ -55,7 +56,7 @@ class ToolboxBackend:
             self.close()
             raise
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+    def read(self, level: int, x: LevelPx, y: LevelPx, width: LevelPx, height: LevelPx) -> NDArray[np.uint8]:
         """See `Backend.read`; what was never scanned is white, by tiatoolbox."""
         if self.description.origin == (0, 0):
             place = (round(x * self._downs[level]), round(y * self._downs[level]))
@@ -193,10 +194,10 @@ def _describe_tiff(path: Path, reader: Any) -> Description:
     mpp, source = _tiff_resolution(page), "TIFF resolution tag"
     if ome:
         found = reader.info.mpp
-        mpp, source = None if found is None else (float(found[0]), float(found[1])), "OME-XML"
+        mpp, source = None if found is None else (Mpp(float(found[0])), Mpp(float(found[1]))), "OME-XML"
     elif reader.tiff.is_svs:
         stated = re.search(r"\bMPP\s*=\s*([\d.]+)", page.description)
-        mpp, source = ((float(stated[1]), float(stated[1])), "Aperio MPP") if stated else (None, "")
+        mpp, source = ((Mpp(float(stated[1])), Mpp(float(stated[1]))), "Aperio MPP") if stated else (None, "")
     return Description(
         format="OME-TIFF" if ome else f"TIFF ({compression})",
         reader="tiatoolbox TIFF",
@@ -206,18 +207,18 @@ def _describe_tiff(path: Path, reader: Any) -> Description:
     )
 
 
-def _tiff_resolution(page: Any) -> tuple[float, float] | None:
+def _tiff_resolution(page: Any) -> tuple[Mpp, Mpp] | None:
     """um/px of the resolution tags."""
     unit = {2: 25_400.0, 3: 10_000.0}.get(int(page.resolutionunit))
     x, y = page.resolution
-    return (unit / x, unit / y) if unit and x > 0 and y > 0 else None
+    return (Mpp(unit / x), Mpp(unit / y)) if unit and x > 0 and y > 0 else None
 
 
 def _describe_dicom(reader: Any) -> Description:
     wsi = reader.wsi
     levels = list(wsi.levels)
     spacing = wsi.levels.base_level.datasets[0].pixel_spacing
-    mpp = None if spacing is None else (spacing.width * 1e3, spacing.height * 1e3)
+    mpp = None if spacing is None else (Mpp(spacing.width * 1e3), Mpp(spacing.height * 1e3))
     names = ("label", "overview", "thumbnail")
     return Description(
         format="DICOM",
@@ -234,7 +235,7 @@ def _describe_dicom(reader: Any) -> Description:
 
 def _describe_jp2(reader: Any) -> Description:
     info = reader.info
-    mpp = None if info.mpp is None else (float(info.mpp[0]), float(info.mpp[1]))
+    mpp = None if info.mpp is None else (Mpp(float(info.mpp[0])), Mpp(float(info.mpp[1])))
     sizes = [(int(width), int(height)) for width, height in info.level_dimensions]
     return Description(
         "JPEG 2000", "tiatoolbox JP2 (glymur)", make_levels(sizes), mpp, "JPEG 2000 boxes" if mpp else ""
@@ -243,7 +244,7 @@ def _describe_jp2(reader: Any) -> Description:
 
 def _describe_ngff(reader: Any) -> Description:
     info = reader.info
-    mpp = None if info.mpp is None else (float(info.mpp[0]), float(info.mpp[1]))
+    mpp = None if info.mpp is None else (Mpp(float(info.mpp[0])), Mpp(float(info.mpp[1])))
     sizes = [(int(width), int(height)) for width, height in info.level_dimensions]
     return Description("OME-NGFF", "tiatoolbox NGFF", make_levels(sizes), mpp, "OME-NGFF scale" if mpp else "")
 

@@ -17,6 +17,7 @@ from wsi_idc.digests import checksum, digest
 from wsi_idc.grid import Grid
 from wsi_idc.settings import TileSpec
 from wsi_idc.store.node import Node, Record
+from wsi_idc.units import Level0Px, Mpp, TilePx
 
 CHUNK_BYTES = 2**20
 """Tiles are compressed and read in chunks of about this size."""
@@ -25,12 +26,12 @@ CHUNKS_PER_SHARD = 64
 AXES = ("tile", "y", "x", "c")
 
 
-def tiles_per_chunk(size_px: int) -> int:
+def tiles_per_chunk(size_px: TilePx) -> int:
     """Tiles that are compressed together: a power of two, so that batches of one share no chunk."""
     return 1 << max(0, (CHUNK_BYTES // (size_px * size_px * 3)).bit_length() - 1)
 
 
-def tiles_per_shard(size_px: int) -> int:
+def tiles_per_shard(size_px: TilePx) -> int:
     """Tiles in one file of the store; blocks of work are whole multiples of it."""
     return tiles_per_chunk(size_px) * CHUNKS_PER_SHARD
 
@@ -55,8 +56,8 @@ class _Attributes(BaseModel):
     split: str
     path: str
     tile: TileSpec
-    size: tuple[int, int]
-    mpp: tuple[float, float]
+    size: tuple[Level0Px, Level0Px]
+    mpp: tuple[Mpp, Mpp]
     complete: _Complete
 
 
@@ -85,7 +86,7 @@ def write_shards(node: Node, start: int, shards: Iterator[NDArray[np.uint8]]) ->
         yield len(tiles), checksum(tiles)
 
 
-def identity(spec: TileSpec, mpp: Sequence[float], cells: str, pixels: Sequence[str] | Mapping[str, Any]) -> str:
+def identity(spec: TileSpec, mpp: Sequence[Mpp], cells: str, pixels: Sequence[str] | Mapping[str, Any]) -> str:
     """Differs where a model could give other probabilities: sixteen hex digits.
 
     Args:
@@ -143,7 +144,7 @@ class StoredSlide:
         return self._known.tile
 
     @property
-    def mpp(self) -> tuple[float, float]:
+    def mpp(self) -> tuple[Mpp, Mpp]:
         """Level-0 um/px (x, y)."""
         return self._known.mpp
 

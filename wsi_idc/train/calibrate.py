@@ -10,6 +10,7 @@ from scipy.optimize import minimize, minimize_scalar
 from wsi_idc.model.config import Context
 from wsi_idc.model.context import by_slide, in_context, smooth_logits
 from wsi_idc.settings import TileSpec
+from wsi_idc.units import Um
 
 Logits = NDArray[np.floating]
 REACH = 20.0
@@ -163,7 +164,7 @@ def fit_context(
         spec: the grid.
         mean: the logit that is expected where no tile is near.
     """
-    context = Context(reach_um=REACH * spec.size_px * spec.mpp, spread=SPREAD, mean=mean, limit=LIMIT)
+    context = Context(reach_um=Um(REACH * spec.size_px * spec.mpp), spread=SPREAD, mean=mean, limit=LIMIT)
     surface = by_slide(slide, lambda own: smooth_logits(logits[own], cell[own], spec, context))
     temperature, shift = fit_scale(surface, truth)
     scaled = surface / temperature + shift

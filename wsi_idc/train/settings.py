@@ -10,6 +10,7 @@ from pydantic import Field
 
 from wsi_idc.model.config import Activation, Contrast, Flips, Kind, NetworkConfig, Stem
 from wsi_idc.settings import CONTENT, RUNTIME, Settings
+from wsi_idc.units import TilePx
 
 RecipeName = Literal["default", "seed"]
 AugmentationName = Literal["full", "light", "seed"]
@@ -177,7 +178,7 @@ class TrainSettings(Settings):
         said = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(RECIPES[self.recipe], **said)
 
-    def network_config(self, tile_px: int) -> NetworkConfig:
+    def network_config(self, tile_px: TilePx) -> NetworkConfig:
         """The network for tiles of a size in pixels."""
         recipe = self.resolve()
         return NetworkConfig(
