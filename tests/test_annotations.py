@@ -370,6 +370,18 @@ def test_each_fault_is_one_line(tmp_path: Path, name: str, content: str, said: s
     assert len(str(caught.value)) < 600
 
 
+def test_a_doctype_is_refused_in_one_line_after_tiatoolbox_was_imported_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tiatoolbox puts defusedxml's parser in the place of the standard library's, for the whole process."""
+    defused = pytest.importorskip("defusedxml.ElementTree")
+    monkeypatch.setattr("xml.etree.ElementTree.XMLParser", defused.XMLParser)
+    path = save(tmp_path, '<!DOCTYPE x [<!ENTITY a "aaaa">]><ASAP_Annotations>&a;</ASAP_Annotations>', "a.xml")
+    with pytest.raises(AnnotationError, match="has a DOCTYPE, which no annotation needs"):
+        fraction(path)
+    np.testing.assert_array_equal(fraction(save(tmp_path, asap(asap_square("IDC")), "b.xml")), square_map())
+
+
 def test_a_file_that_is_not_there_is_an_annotation_error(tmp_path: Path) -> None:
     for name in ("gone.geojson", "gone.xml", "gone.png"):
         with pytest.raises(AnnotationError, match="cannot be read"):

@@ -5,15 +5,13 @@ meets in a tile is united there, so that overlapping ones never count twice. Coo
 """
 
 import gzip
-import io
 import json
-import xml.etree.ElementTree as ET
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
@@ -21,6 +19,9 @@ from numpy.typing import NDArray
 
 from wsi_idc.errors import AnnotationError, system_advice
 from wsi_idc.grid import Grid
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
 from wsi_idc.settings import EmptyAnnotation
 from wsi_idc.sources import check_source
 from wsi_idc.units import FILE_ORIGIN, Level0Px
@@ -357,17 +358,16 @@ def _geometry_polygons(geometry: Any) -> Iterator[Any]:
 # --- ASAP XML -----------------------------------------------------------------------------------------------------
 
 
-class _NoDoctype(ET.TreeBuilder):
-    """Refuses a document type, through which a small file can grow without bound or read others."""
-
-    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise _FormatError("has a DOCTYPE, which no annotation needs")
-
-
 def _asap_regions(data: bytes) -> Iterator[Region]:
+    from defusedxml import DefusedXmlException, DTDForbidden
+    from defusedxml.ElementTree import ParseError, fromstring
+
     try:
-        root = ET.parse(io.BytesIO(data), ET.XMLParser(target=_NoDoctype())).getroot()
-    except (ET.ParseError, LookupError, UnicodeError) as error:
+        # Through a document type a small file could grow without bound, or read others.
+        root = fromstring(data, forbid_dtd=True)
+    except DTDForbidden as error:
+        raise _FormatError("has a DOCTYPE, which no annotation needs") from error
+    except (ParseError, DefusedXmlException, LookupError, UnicodeError, ValueError) as error:
         raise _FormatError(f"is not XML ({error})") from error
     if root.tag != "ASAP_Annotations":
         raise _FormatError(f"is not ASAP XML: its root is {root.tag!r}")
@@ -391,7 +391,7 @@ def _asap_groups(group: str, parents: dict[str, str]) -> tuple[str, ...]:
     return tuple(name.strip() for name in groups)
 
 
-def _asap_point(coordinate: ET.Element) -> tuple[float, float, float]:
+def _asap_point(coordinate: "Element") -> tuple[float, float, float]:
     values = [coordinate.get(name, "") for name in ("Order", "X", "Y")]
     try:
         # Some locales write a decimal comma.

@@ -10,10 +10,13 @@ from wsi_idc.cli.options import (
     DryRunOption,
     ForceOption,
     JsonOption,
+    MinTissueOption,
     OnlyOption,
     QuietOption,
+    ReaderOption,
     StoreOption,
     ThreadsOption,
+    TissueOption,
     VerboseOption,
     WorkersOption,
     console_for,
@@ -34,17 +37,9 @@ def extract(
     last: Annotated[
         str | None, typer.Option(help="Tiles over the slide's edge: keep, or drop. [default: keep]", metavar="RULE")
     ] = None,
-    reader: Annotated[
-        str | None,
-        typer.Option(help="What reads slides: auto, openslide or tiatoolbox. [default: auto]", metavar="READER"),
-    ] = None,
-    tissue: Annotated[
-        str | None,
-        typer.Option(help="Tissue mask: default, otsu, morphological or none. [default: default]", metavar="METHOD"),
-    ] = None,
-    min_tissue: Annotated[
-        float | None, typer.Option(help="Least part of a tile that is tissue. [default: 0.05]")
-    ] = None,
+    reader: ReaderOption = None,
+    tissue: TissueOption = None,
+    min_tissue: MinTissueOption = None,
     annotation_class: Annotated[
         str | None, typer.Option(help="The annotations' class that is positive. [default: IDC]")
     ] = None,

@@ -5,23 +5,15 @@ from typing import Annotated
 
 import typer
 
-from wsi_idc.cli.options import JsonOption, console_for
+from wsi_idc.cli.options import JsonOption, MinTissueOption, ReaderOption, TissueOption, console_for
 
 
 def info(
     slide: Annotated[Path, typer.Argument(help="A slide: a file, or a DICOM, OME-NGFF or patch folder.")],
     mpp: Annotated[float | None, typer.Option(help="um/px to use whatever the file says.")] = None,
-    reader: Annotated[
-        str | None,
-        typer.Option(help="What reads slides: auto, openslide or tiatoolbox. [default: auto]", metavar="READER"),
-    ] = None,
-    tissue: Annotated[
-        str | None,
-        typer.Option(help="Tissue mask: default, otsu, morphological or none. [default: default]", metavar="METHOD"),
-    ] = None,
-    min_tissue: Annotated[
-        float | None, typer.Option(help="Least part of a tile that is tissue. [default: 0.05]")
-    ] = None,
+    reader: ReaderOption = None,
+    tissue: TissueOption = None,
+    min_tissue: MinTissueOption = None,
     preview: Annotated[
         Path | None, typer.Option(help="Draw mask and kept tiles on the thumbnail.", metavar="OUT.png")
     ] = None,

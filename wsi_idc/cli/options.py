@@ -1,6 +1,5 @@
 """Options that several commands take, once, and what a command begins and ends with."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
     from wsi_idc.work.jobs import Summary
 
 StoreOption = Annotated[
-    Path, typer.Option("--store", envvar="WSI_IDC_STORE", help="The tile store, a folder.", metavar="STORE")
+    str, typer.Option("--store", envvar="WSI_IDC_STORE", help="The tile store, a folder.", metavar="STORE")
 ]
 OnlyOption = Annotated[
     list[str] | None, typer.Option("--only", metavar="ID", help="Limit to this slide; may be repeated.")
@@ -27,8 +26,17 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print only what went wrong.")]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Also say what was skipped, and why.")]
+ReaderOption = Annotated[
+    str | None,
+    typer.Option(help="What reads slides: auto, openslide or tiatoolbox. [default: auto]", metavar="READER"),
+]
+TissueOption = Annotated[
+    str | None,
+    typer.Option(help="Tissue mask: default, otsu, morphological or none. [default: default]", metavar="METHOD"),
+]
+MinTissueOption = Annotated[float | None, typer.Option(help="Least part of a tile that is tissue. [default: 0.05]")]
 
-DEFAULT_STORE = Path("tiles.zarr")
+DEFAULT_STORE = "tiles.zarr"
 
 
 def console_for(*, json_lines: bool, quiet: bool = False, verbose: bool = False) -> Console:

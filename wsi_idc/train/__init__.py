@@ -13,7 +13,7 @@ __all__ = ["TrainSettings", "run"]
 
 
 def run(
-    store_path: Path,
+    store: str | Path,
     out: Path,
     settings: TrainSettings,
     *,
@@ -24,4 +24,4 @@ def run(
     """Train, and write the bundle; see `wsi_idc.train.entry.run`."""
     from wsi_idc.train import entry
 
-    return entry.run(store_path, out, settings, say=say, resume=resume, progress=progress)
+    return entry.run(store, out, settings, say=say, resume=resume, progress=progress)

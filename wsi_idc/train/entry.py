@@ -16,7 +16,7 @@ from wsi_idc.train.study import read_study
 
 
 def run(
-    store_path: Path,
+    store: str | Path,
     out: Path,
     settings: TrainSettings,
     *,
@@ -27,7 +27,7 @@ def run(
     """Train on a store's labelled tiles, and write a bundle (with `folds`, one a fold).
 
     Args:
-        store_path: the tile store.
+        store: the tile store's address.
         out: the bundle's folder, which must not exist yet.
         settings: what the user said.
         say: takes lines for the user.
@@ -45,7 +45,7 @@ def run(
         KeyboardInterrupt: interrupted; the last checkpoint is whole.
     """
     say = say if rank() == 0 else _silent
-    tiles = labelled_tiles(open_store(store_path))
+    tiles = labelled_tiles(open_store(store))
     if tiles.unknown:
         say(f"{tiles.unknown:,} tiles have no label and are left out")
     if settings.cross_validation is not None:
