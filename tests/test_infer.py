@@ -186,6 +186,7 @@ def test_damaged_tiles_are_named_and_never_scored_and_the_next_extract_cuts_them
     assert summary.outcomes["b"].status == "done"
     assert store.slide_ids() == ["b"]
     assert store.map("mean", "a").record.complete is None
+    assert score(path, bundle, recorder)[0].notes == ("1 slide without complete tiles left out: see wsi-idc status",)
     extracted()
     assert recorder.started == ["a"]
     summary, _ = score(path, bundle, recorder)

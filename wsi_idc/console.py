@@ -90,7 +90,8 @@ class Console:
         }
         self.record("summary", command=command, **fields)
         for note in summary.notes:
-            self.trouble(note)
+            self.record("note", text=note)
+            self.line(f"note: {note}")
         for name, plan in summary.plans.items():
             if plan.action == "skip":
                 self.record("skipped", slide=name, reason=plan.reason)

@@ -20,10 +20,12 @@ class PlannedMaps:
     Attributes:
         plans: slide id -> what was decided.
         refused: slide id -> why the model cannot score it.
+        left_out: slides of the store whose tiles are not complete.
     """
 
     plans: Mapping[str, Plan]
     refused: Mapping[str, str]
+    left_out: Sequence[str] = ()
 
 
 def plan_maps(
@@ -39,7 +41,11 @@ def plan_maps(
     need = bundle.made_from(form)
     plans, refused = {}, {}
     first: ModelError | None = None
-    for name in sorted(set(only)) or store.slide_ids():
+    names, left_out = sorted(set(only)), list[str]()
+    if not names:
+        found = {name: store.slide_node(name).record().usable for name in store.all_slide_ids()}
+        names, left_out = ([name for name, usable in found.items() if usable is which] for which in (True, False))
+    for name in names:
         try:
             slide = store.slide(name)
             bundle.check_fits(slide.spec)
@@ -50,7 +56,7 @@ def plan_maps(
             plans[name] = store.map(bundle.fields.name, name).plan(slide, need, force=force)
     if first and len(refused) == len(plans):
         raise first
-    return PlannedMaps(plans, refused)
+    return PlannedMaps(plans, refused, left_out)
 
 
 def _check_name(store: Store, bundle: LoadedBundle, *, force: bool) -> None:
@@ -113,4 +119,6 @@ def infer(
             refused[slide] = Outcome("failed", reason=reason)
             told.ended(slide, refused[slide])
         summary = carry_out(place, planned.plans, jobs, told)
-        return replace(summary, outcomes={**refused, **summary.outcomes})
+        count = len(planned.left_out)
+        note = f"{count} slide{'s' if count != 1 else ''} without complete tiles left out: see wsi-idc status"
+        return replace(summary, outcomes={**refused, **summary.outcomes}, notes=(note,) if count else ())
