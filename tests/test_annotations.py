@@ -245,12 +245,16 @@ def test_a_black_picture_is_no_idc_and_told_of(tmp_path: Path) -> None:
     assert told(tmp_path / "m.png") == ["the annotation is all black: no tile is positive"]
 
 
-def test_pillows_guard_stays_as_it_is(tmp_path: Path) -> None:
-    before = Image.MAX_IMAGE_PIXELS
+@pytest.mark.parametrize("guard", [89_478_485, None])
+def test_pillows_guard_stays_as_it_is_and_is_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guard: int | None
+) -> None:
+    """wsidicom lifts the guard, and by two threads at once for good."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", guard)
     Image.new("1", (20_000, 20_000)).save(tmp_path / "m.png")
-    with pytest.raises(AnnotationError, match="more than 67 million pixels; save it smaller"):
+    with pytest.raises(AnnotationError, match=r"more than 67 million.*; save it smaller"):
         fraction(tmp_path / "m.png", grid=Grid(TileSpec(), (20_000, 20_000), (1.0, 1.0)))
-    assert before == Image.MAX_IMAGE_PIXELS is not None
+    assert guard == Image.MAX_IMAGE_PIXELS
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
@@ -368,6 +372,18 @@ def test_each_fault_is_one_line(tmp_path: Path, name: str, content: str, said: s
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_a_doctype_is_refused_in_one_line_after_tiatoolbox_was_imported_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tiatoolbox puts defusedxml's parser in the place of the standard library's, for the whole process."""
+    defused = pytest.importorskip("defusedxml.ElementTree")
+    monkeypatch.setattr("xml.etree.ElementTree.XMLParser", defused.XMLParser)
+    path = save(tmp_path, '<!DOCTYPE x [<!ENTITY a "aaaa">]><ASAP_Annotations>&a;</ASAP_Annotations>', "a.xml")
+    with pytest.raises(AnnotationError, match="has a DOCTYPE, which no annotation needs"):
+        fraction(path)
+    np.testing.assert_array_equal(fraction(save(tmp_path, asap(asap_square("IDC")), "b.xml")), square_map())
 
 
 def test_a_file_that_is_not_there_is_an_annotation_error(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ _MAX_COORDINATE = 1e9
 _PIECE_VERTICES = 128
 _PIECES_AT_ONCE = 64
 _CLASSES_SHOWN = 8
+_DOCTYPE = "has a DOCTYPE, which no annotation needs"
 _GEOMETRIES_WITHOUT_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString")
 
 
@@ -360,7 +361,7 @@ class _NoDoctype(ET.TreeBuilder):
     """Refuses a document type, through which a small file can grow without bound or read others."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise _FormatError("has a DOCTYPE, which no annotation needs")
+        raise _FormatError(_DOCTYPE)
 
 
 def _asap_regions(data: bytes) -> Iterator[Region]:
@@ -368,6 +369,10 @@ def _asap_regions(data: bytes) -> Iterator[Region]:
         root = ET.parse(io.BytesIO(data), ET.XMLParser(target=_NoDoctype())).getroot()
     except (ET.ParseError, LookupError, UnicodeError) as error:
         raise _FormatError(f"is not XML ({error})") from error
+    except _FormatError:
+        raise
+    except ValueError as error:  # tiatoolbox, once imported, has the standard library's parser refuse a DOCTYPE itself
+        raise _FormatError(_DOCTYPE) from error
     if root.tag != "ASAP_Annotations":
         raise _FormatError(f"is not ASAP XML: its root is {root.tag!r}")
     parents = {group.get("Name", ""): group.get("PartOfGroup", "") for group in root.iter("Group")}
