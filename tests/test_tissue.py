@@ -199,7 +199,7 @@ def test_transparent_parts_of_a_mask_are_not_tissue(tmp_path: Path) -> None:
 
 def test_a_mask_that_claims_too_much_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     Image.new("1", (20_000, 20_000)).save(tmp_path / "mask.png")
-    with pytest.raises(AnnotationError, match="more than 67 million pixels; save it smaller"):
+    with pytest.raises(AnnotationError, match=r"more than 67 million.*; save it smaller"):
         read_mask(tmp_path / "mask.png", (50, 50))
 
 
