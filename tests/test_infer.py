@@ -201,6 +201,21 @@ def test_damaged_cells_are_never_scored(extracted, bundle, recorder):
     assert "slides/a/cell: the store is damaged there: it is not what was written" in summary.failures["a"]
 
 
+def test_a_record_that_lacks_something_fails_its_slide_alone_and_is_cut_again(extracted, bundle, recorder):
+    path = extracted()
+    file = path / "slides/a/zarr.json"
+    document = json.loads(file.read_text())
+    del document["attributes"]["complete"]["identity"]
+    file.write_text(json.dumps(document))
+    summary, store = score(path, bundle, recorder)
+    assert "complete.identity: field required" in summary.failures["a"]
+    assert summary.outcomes["b"].status == "done"
+    assert store.slide_ids() == ["b"]
+    extracted()
+    assert recorder.started == ["a"]
+    assert score(path, bundle, recorder)[0].done == 1
+
+
 def test_a_map_that_cannot_be_made_leaves_the_old_one(extracted, bundle, make, recorder):
     """Before, the old map was cleared before the context could fail."""
     path = extracted()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wsi_idc.errors import ModelError
+from wsi_idc.errors import ModelError, StoreDamageError
 from wsi_idc.model.bundle import Form, LoadedBundle
 from wsi_idc.plan import Plan
 from wsi_idc.settings import InferSettings
@@ -52,6 +52,9 @@ def plan_maps(
         except ModelError as error:
             first, refused[name] = first or error, str(error)
             plans[name] = Plan("run", "the model does not fit its tiles")
+        except StoreDamageError as error:
+            # Its job finds the same, names it, and hides the slide until it is cut again: the others go on.
+            plans[name] = Plan("run", error.problem)
         else:
             plans[name] = store.map(bundle.fields.name, name).plan(slide, need, force=force)
     if first and len(refused) == len(plans):

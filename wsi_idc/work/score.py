@@ -78,11 +78,11 @@ class ScoreJob:
     @contextmanager
     def _watched(self) -> Iterator[StoredSlide]:
         """The slide; damage that is found in it hides it from every reader, and so is a reason to cut it again."""
-        slide = self._store.slide(self.slide_id)
+        store = self._store
         try:
-            yield slide
+            yield store.slide(self.slide_id)
         except StoreDamageError as error:
-            slide.node.fail(f"{error.subject}: {error.problem}")
+            store.slide_node(self.slide_id).fail(f"{error.subject}: {error.problem}")
             raise
 
     def prepare(self, work: Work) -> Prepared:
