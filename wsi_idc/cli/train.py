@@ -92,7 +92,7 @@ def train(
     result = run(store, out, settings, say=console.line, resume=resume, progress=console.draws)
     if result is None:
         return  # A helper of another process, which tells how it went.
-    from wsi_idc.train.outputs import plain
+    from wsi_idc.evaluate.page import plain
     from wsi_idc.train.result import tell
 
     judges = "held-out patients" if settings.folds else f"validation {settings.split_by}s"

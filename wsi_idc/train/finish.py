@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from wsi_idc import USE
 from wsi_idc.errors import WsiIdcError
 from wsi_idc.evaluate.metrics import FIGURES, Evaluation, evaluate_one
+from wsi_idc.evaluate.page import plain
 from wsi_idc.evaluate.predictions import predictions
 from wsi_idc.files import write_whole
 from wsi_idc.model.bundle import Bundle, read_bundle
@@ -23,7 +24,7 @@ from wsi_idc.train.calibrate import calibrate
 from wsi_idc.train.data import LabelledTiles, Say
 from wsi_idc.train.history import draw_history, merge_logs
 from wsi_idc.train.judge import expected_logit, judge_tiles
-from wsi_idc.train.outputs import plain, put_json, put_table
+from wsi_idc.train.outputs import put_json, put_table
 from wsi_idc.train.result import Figure, tell
 from wsi_idc.train.settings import TrainSettings
 from wsi_idc.train.splits import Split

@@ -3,11 +3,11 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wsi_idc.evaluate.page import plain
 from wsi_idc.files import write_whole
 
 
@@ -31,12 +31,3 @@ def put_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_whole(path, stream.getvalue().encode())
-
-
-def plain(value: Any) -> Any:
-    """The value with tuples as lists, and NaN and the infinities as None."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
