@@ -104,6 +104,13 @@ class StoreWriteError(WsiIdcError):
     """The store's disk is full, or takes no writes."""
 
 
+class ObjectsError(OSError):
+    """What an object store answers, or that it does not: `strerror` says what to do, `filename` is the URL.
+
+    It is about a place as a whole, not about one object: whoever meets it second meets the same.
+    """
+
+
 class SlideError(WsiIdcError):
     """One slide that fails; the others go on."""
 
