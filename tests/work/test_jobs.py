@@ -65,6 +65,9 @@ class Sum:
             raise SlideError(self.job_id, "cannot be committed")
         return Outcome("done", tiles=sum(results))
 
+    def hindrances(self):
+        return []
+
     def fail(self, reason):
         if self.misbehave == "disk":
             raise OSError(28, "No space left on device")

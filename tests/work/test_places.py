@@ -68,6 +68,9 @@ class Device:
     def finish(self, prepared, results, work):
         return Outcome("done", warnings=(os.environ["CUDA_VISIBLE_DEVICES"],))
 
+    def hindrances(self):
+        return []
+
     def fail(self, reason):
         pass
 

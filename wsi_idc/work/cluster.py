@@ -4,10 +4,12 @@ Nothing of the cluster is changed, and nothing is left in it: no plugin, no sett
 """
 
 import json
+import logging
 import os
 import platform
 import socket
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,16 +91,17 @@ def at(address: str, file: Path | None, *, wait: float, gpus: int, threads: int)
     Raises:
         UsageError: no scheduler answers, or it is of another Dask.
     """
-    import logging
-
     from distributed import Client
+    from distributed.comm.addressing import parse_address
+    from distributed.comm.registry import get_backend
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
     until = time.monotonic() + wait
     found = address or _read_address(file or Path(), until)
     name = found if address else f"{found} ({file})"
     try:
-        client = Client(found, timeout=max(1.0, until - time.monotonic()), set_as_default=False)
+        get_backend(parse_address(found)[0])
+        with _quiet():
+            client = Client(found, timeout=max(1.0, until - time.monotonic()), set_as_default=False)
     except (OSError, ValueError, TypeError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         advice = "check the address, that it runs, and Dask's TLS settings (DASK_DISTRIBUTED__COMM__TLS__*)"
@@ -107,6 +110,16 @@ def at(address: str, file: Path | None, *, wait: float, gpus: int, threads: int)
         yield ClusterPlace(client, name, until=until, wait=wait, gpus=gpus, threads=threads)
     finally:
         client.close(timeout=2)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Dask says itself, at length, what is told here in one line."""
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Mismatched versions")
+        yield
 
 
 def _read_address(file: Path, until: float) -> str:
@@ -211,6 +224,8 @@ class ClusterPlace(Place):
         """Ask workers what they are, and note those that do not fit."""
         if not workers:
             return
+        from distributed.core import RPCClosed
+
         answers = self.client.run(look, self._jobs, gpu=self.capacity.gpu, workers=workers, on_error="return")
         ours = versions()
         for worker in workers:
@@ -224,12 +239,12 @@ class ClusterPlace(Place):
                 why += answer.hindrances
                 if self.capacity.gpu and not answer.gpu:
                     why.append("it sees no GPU; start it with one, or leave --gpus out")
-            elif isinstance(answer, ImportError):
+            elif isinstance(answer, Exception) and "ModuleNotFoundError" in repr(answer):
                 why = [f"wsi-idc cannot be imported there ({answer}); install the same environment"]
-            elif isinstance(answer, Exception):
-                why = [f"it cannot answer ({type(answer).__name__}: {answer})"]
+            elif answer is None or isinstance(answer, OSError | RPCClosed):
+                continue  # It went while it was asked.
             else:
-                continue  # It went as it was asked.
+                why = [f"it cannot answer ({type(answer).__name__}: {answer})"]
             if why:
                 self._unfit[worker] = why
             else:

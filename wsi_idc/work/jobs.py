@@ -302,6 +302,16 @@ class _Active:
         return self.lost is not None or self.failure is not None
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """A task that was handed out: of which job, which block (None: of none), and to which workers (None: any)."""
+
+    active: _Active
+    index: int | None
+    future: Any
+    workers: frozenset[str] | None
+
+
 class _Drive:
     """The loop: a bounded number of tasks is handed out, blocks of slides that were begun before new slides.
 
@@ -324,7 +334,7 @@ class _Drive:
         Raises:
             StoreWriteError, StoreBusyError, ClusterError: see `run_jobs`.
         """
-        self._stages: dict[str, tuple[_Active, int | None]] = {}
+        self._stages: dict[str, _Stage] = {}
         self._waiting, self._begun = deque(jobs), list[_Active]()
         suspects: list[Job] = []
         ends: WsiIdcError | None = None
@@ -353,16 +363,24 @@ class _Drive:
         self._hand_out()
         while self._stages:
             self._place.watch()
+            self._withdraw()
             try:
                 future = self._back.get(timeout=1)
             except Empty:
                 self._hand_out()
                 continue
-            active, index = self._stages.pop(future.key)
-            active.tasks -= 1
-            yield active, index, self._unwrap(future)
+            stage = self._stages.pop(future.key)
+            stage.active.tasks -= 1
+            yield stage.active, stage.index, self._unwrap(future)
             future.release()
             self._hand_out()
+
+    def _withdraw(self) -> None:
+        """Take back tasks that none but workers who are gone may do: Dask would let them wait for ever."""
+        if (workers := self._place.workers) is not None:
+            for stage in self._stages.values():
+                if stage.workers is not None and stage.workers.isdisjoint(workers):
+                    stage.future.cancel()
 
     def _unwrap(self, future: Any) -> Any:
         """What a task gave; an answer that cannot be had is a loss to that job alone.
@@ -430,7 +448,8 @@ class _Drive:
             _call, active.job, call, arguments, place.capacity, self._topic, pure=False, priority=urgency, **options
         )
         active.tasks += 1
-        self._stages[future.key] = (active, index)
+        workers = None if place.workers is None else frozenset(place.workers)
+        self._stages[future.key] = _Stage(active, index, future, workers)
         future.add_done_callback(self._back.put)
 
 
