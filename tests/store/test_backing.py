@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from wsi_idc.errors import StoreBusyError, StoreError
-from wsi_idc.store.backing import FolderBacking, backing_at
+from wsi_idc.store.backing import FolderBacking, backing_at, holds
 
 
 @pytest.fixture(params=["folder"])
@@ -44,6 +44,15 @@ def test_readers_see_the_old_object_or_the_new_one(backing):
     done.set()
     reader.join()
     assert seen <= set(contents)
+
+
+def test_an_object_is_replaced_only_where_it_is_what_it_was(backing):
+    assert not backing.replace("a", b"", b"new")
+    backing.write("a", b"old")
+    assert not backing.replace("a", b"other", b"new")
+    assert backing.read("a") == b"old"
+    assert backing.replace("a", b"old", b"new")
+    assert backing.read("a") == b"new"
 
 
 def test_deleting_takes_the_object_and_all_below_and_nothing_beside(backing):
@@ -104,6 +113,20 @@ def test_one_has_the_lease_at_a_time_and_the_other_is_told_who(backing):
         second.acquire()
     first.release()
     second.acquire()
+    second.release()
+
+
+def test_what_holds_the_lease_is_known_to_all_by_its_nonce(backing):
+    first, second = backing.lease(), backing.lease()
+    assert first.nonce == "" and not holds(backing, "")
+    first.acquire()
+    nonce = first.nonce
+    assert holds(backing, nonce) and not holds(backing, "another") and not first.lost
+    first.release()
+    assert not holds(backing, nonce)
+    second.acquire()
+    assert second.nonce != nonce
+    assert holds(backing, second.nonce) and not holds(backing, nonce)
     second.release()
 
 
