@@ -2,8 +2,14 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +59,63 @@ def published_model(shared_data: Path) -> Path:
     if not place.is_dir():
         pytest.skip("the published model is not beside the real data")
     return place
+
+
+class Objects:
+    """An S3 server of this test run, as a process of its own, and what it was asked.
+
+    Attributes:
+        environment: what a command needs to find it.
+    """
+
+    def __init__(self, port: int, log: Path) -> None:
+        self.endpoint, self._log = f"http://127.0.0.1:{port}", log
+        self.environment = {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": self.endpoint,
+        }
+
+    def bucket(self) -> str:
+        """A new bucket's name."""
+        name = f"bucket-{uuid.uuid4().hex}"
+        urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/{name}", method="PUT")).close()
+        return name
+
+    def requests(self) -> list[tuple[str, str]]:
+        """Method and path of every request so far."""
+        return re.findall(r'"([A-Z]+) (\S+) HTTP/1\.[01]"', self._log.read_text())
+
+
+@pytest.fixture(scope="session")
+def objects_server(tmp_path_factory):
+    """moto's S3, on loopback; one a test process."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    log = tmp_path_factory.mktemp("moto") / "log"
+    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
+    try:
+        for _ in range(600):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield Objects(port, log)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def objects(objects_server: Objects, monkeypatch) -> Objects:
+    """An S3 server, which this process and the commands that it starts will find."""
+    for name, value in objects_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return objects_server
 
 
 def texture(width: int, height: int, seed: int = 0) -> np.ndarray:

@@ -2,21 +2,25 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from wsi_idc.errors import StoreBusyError, StoreError
+from wsi_idc.errors import StoreBusyError, UsageError
 from wsi_idc.store.backing import FolderBacking, backing_at, holds
 
 
-@pytest.fixture(params=["folder"])
+@pytest.fixture(params=["folder", "objects"])
 def backing(request, tmp_path):
     """A fresh backing of each kind."""
-    return {"folder": lambda: FolderBacking(tmp_path / "store")}[request.param]()
+    if request.param == "folder":
+        return backing_at(tmp_path / "store")
+    return backing_at(f"s3://{request.getfixturevalue('objects').bucket()}/a prefix/store")
 
 
 def test_what_was_written_is_read_and_replaced_whole(backing):
@@ -164,6 +168,16 @@ def test_the_lease_of_a_killed_process_is_free(tmp_path):
     lease.release()
 
 
-def test_a_scheme_that_no_backing_has_is_refused():
-    with pytest.raises(StoreError, match="ftp://"):
-        backing_at("ftp://host/store")
+@pytest.mark.parametrize("address", ["ftp://host/store", "s3://", "s3:///store", "http://host/store"])
+def test_an_address_that_no_backing_has_is_refused(address):
+    with pytest.raises(UsageError, match=address.partition(":")[0]):
+        backing_at(address)
+
+
+def test_a_backing_can_go_to_other_processes_and_threads(backing):
+    backing.write("a", b"x")
+    assert pickle.loads(pickle.dumps(backing)).read("a") == b"x"
+    with ThreadPoolExecutor(8) as executor:
+        list(executor.map(lambda number: backing.write(f"b/{number}/c", b"y"), range(40)))
+        assert set(executor.map(lambda number: backing.read(f"b/{number}/c"), range(40))) == {b"y"}
+    assert len(backing.folders("b")) == 40
