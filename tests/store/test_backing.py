@@ -154,16 +154,16 @@ def test_of_ten_at_once_one_gets_the_lease(backing):
     got[0].release()
 
 
-def test_the_lease_of_a_killed_process_is_free(tmp_path):
+def test_the_lease_of_a_killed_process_is_free(backing):
     code = f"""
         import os
-        from pathlib import Path
-        from wsi_idc.store.backing import FolderBacking
-        FolderBacking(Path({str(tmp_path)!r})).lease().acquire()
+        from wsi_idc.store.backing import backing_at
+        backing_at({backing.address!r}).lease().acquire()
         os._exit(9)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
-    lease = FolderBacking(tmp_path).lease()
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert killed.returncode == 9
+    lease = backing.lease()
     lease.acquire()
     lease.release()
 

@@ -106,13 +106,9 @@ class ObjectBacking:
             keys = [found["path"] for some in obstore.list(self._objects, prefix or None) for found in some]
             if keys:
                 obstore.delete(self._objects, keys)
-            if not prefix:
-                return
+        if prefix:
             # By itself: where it does not exist, some servers say so, and a batch would end there.
-            try:
-                obstore.delete(self._objects, prefix)
-            except FileNotFoundError as error:
-                _check_missing(self._url, error)
+            self._remove(prefix)
 
     def folders(self, prefix: str) -> list[str]:
         """See `Backing.folders`."""
@@ -137,6 +133,14 @@ class ObjectBacking:
         """See `Backing.lease`."""
         return ObjectLease(self)
 
+    def _remove(self, key: str) -> None:
+        """Remove an object; no error where there is none."""
+        with _asking(self._url):
+            try:
+                obstore.delete(self._objects, key)
+            except FileNotFoundError as error:
+                _check_missing(self._url, error)
+
     def _get(self, key: str) -> tuple[bytes | None, Any]:
         """A whole object, and what tells this one from every other that was or will be there."""
         with _asking(self._url):
@@ -159,6 +163,8 @@ class ObjectBacking:
             try:
                 return obstore.put(self._objects, key, content, mode=mode, use_multipart=len(content) > _ONE_PUT_BYTES)
             except (AlreadyExistsError, PreconditionError) as error:
+                if mode == "overwrite":
+                    raise
                 refused = error
         raise refused
 
@@ -324,7 +330,7 @@ class ObjectLease:
             kept = False
         finally:
             with suppress(ObjectsError):
-                backing.delete(key)
+                backing._remove(key)
         if not kept:
             problem = (
                 "the server has no conditional writes (If-None-Match, If-Match), so two runs could spoil the store"
