@@ -96,7 +96,7 @@ class Proxy(ThreadingHTTPServer):
     """Stands before the S3 server, on loopback, and is a server that refuses or ignores what a test says.
 
     Attributes:
-        refuse: is given method and path; gives status and code of an error, or None to let the request through.
+        refuse: is given method, path and body; gives status and code of an error, or None to let the request through.
         ignored: headers that do not reach the server, in small letters.
     """
 
@@ -105,7 +105,7 @@ class Proxy(ThreadingHTTPServer):
     def __init__(self, behind: str) -> None:
         super().__init__(("127.0.0.1", 0), _Forward)
         self.behind = behind.removeprefix("http://")
-        self.refuse: Callable[[str, str], tuple[int, str] | None] = lambda method, path: None
+        self.refuse: Callable[[str, str, bytes], tuple[int, str] | None] = lambda *request: None
         self.ignored: tuple[str, ...] = ()
 
 
@@ -117,7 +117,7 @@ class _Forward(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        refused = self.server.refuse(self.command, self.path)
+        refused = self.server.refuse(self.command, self.path, body)
         if refused:
             status, found = refused[0], {"content-type": "application/xml"}
             content = f"<Error><Code>{refused[1]}</Code><Message>as the test says</Message></Error>".encode()

@@ -95,13 +95,13 @@ def test_a_server_that_cannot_be_asked_for_a_while_costs_no_lease(proxy, objects
     lease.acquire()
     asked = []
 
-    def refuse(method, path):
-        asked.append(method)
+    def refuse(*request):
+        asked.append(request)
         return (403, "AccessDenied")
 
     proxy.refuse = refuse
     wait_for(lambda: len(asked) > 2)
-    proxy.refuse = lambda method, path: None
+    proxy.refuse = lambda *request: None
     before = holder(backing)
     wait_for(lambda: holder(backing) != before)
     assert not lease.lost and holds(backing, lease.nonce)
@@ -179,7 +179,7 @@ def test_what_goes_wrong_is_said_whatever_was_asked(proxy, objects, case):
     url = f"s3://{objects.bucket()}/store"
     backing = ObjectBacking(url)
     array = zarr.create_array(backing.zarr(read_only=False), name="g/x", shape=(3,), dtype="uint8", zarr_format=3)
-    proxy.refuse = lambda method, path: (case.status, case.code)
+    proxy.refuse = lambda *request: (case.status, case.code)
     asked = [
         lambda: backing.read("a"),
         lambda: backing.write("a", b"x"),
@@ -202,7 +202,7 @@ def test_what_goes_wrong_is_said_whatever_was_asked(proxy, objects, case):
 
 def test_a_conflict_that_no_condition_asked_for_is_an_error(proxy, objects):
     backing = ObjectBacking(f"s3://{objects.bucket()}/store")
-    proxy.refuse = lambda method, path: (409, "OperationAborted")
+    proxy.refuse = lambda *request: (409, "OperationAborted")
     with pytest.raises(ObjectsError, match="OperationAborted"):
         backing.write("a", b"x")
 
