@@ -73,17 +73,18 @@ def extract(
         StoreError: the store cannot be used.
         StoreBusyError: another run holds it.
         StoreWriteError: its disk is full.
+        ClusterError: the cluster where it runs is lost.
     """
     from wsi_idc.work import places
 
     # A slide's own decoding is spread over threads; a second slide under way fills the gaps of opening and masking.
-    place = places.local(workers=settings.workers, threads=settings.threads, overlap=2)
+    place = places.place(settings, overlap=2)
     cut = settings.cut()
     with hold_store(store, create=True) as held:
         planned = plan_slides(rows, held, cut, force=force)
         refresh([slide.row for slide in planned if slide.plan.action == "skip"], held)
         todo = [slide for slide in planned if slide.plan.action != "skip"]
-        jobs = [CutJob(slide.row, held.address, cut, slide.made_from) for slide in todo]
+        jobs = [CutJob(slide.row, held.ticket, cut, slide.made_from) for slide in todo]
         plans = {slide.row.slide_id: slide.plan for slide in planned}
         summary = carry_out(place, plans, jobs, listener([job.job_id for job in jobs]))
-        return replace(summary, notes=held.notes)
+        return replace(summary, notes=(*held.notes, *summary.notes))

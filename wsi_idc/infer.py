@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wsi_idc.errors import ModelError, StoreDamageError
-from wsi_idc.model.bundle import Form, LoadedBundle
+from wsi_idc.model.bundle import SHIPPED, Form, LoadedBundle
 from wsi_idc.plan import Plan
 from wsi_idc.settings import InferSettings
 from wsi_idc.store import Store, hold_store
@@ -97,12 +97,13 @@ def infer(
         StoreError: the store cannot be used, or one of `only` is not in it.
         StoreBusyError: another run holds it.
         StoreWriteError: its disk is full.
+        ClusterError: the cluster where it runs is lost.
     """
     from wsi_idc.work import places
 
-    place = places.local(workers=settings.workers, gpus=settings.gpus, threads=settings.threads)
+    place = places.place(settings)
     form = bundle.form(settings.precision, cuda=settings.gpus > 0)
-    if not settings.gpus:
+    if not settings.gpus and not settings.elsewhere:
         # With the threads that a task will have: in this process it is then loaded already when the first one runs.
         loaded(bundle.folder, form, places.threads_of(settings.workers, settings.threads))
     with hold_store(store) as held:
@@ -111,8 +112,9 @@ def infer(
         todo = [slide for slide, plan in planned.plans.items() if plan.action != "skip"]
         if todo:
             held.put_model(name, {"model": name, "files": sorted(bundle.digests())})
+        folder = None if bundle.folder == SHIPPED else bundle.folder.absolute()
         jobs = [
-            ScoreJob(slide, held.address, bundle.folder, bundle.fields, form, need, settings.batch_size)
+            ScoreJob(slide, held.ticket, folder, bundle.fields, form, need, settings.batch_size)
             for slide in todo
             if slide not in planned.refused
         ]
@@ -124,4 +126,5 @@ def infer(
         summary = carry_out(place, planned.plans, jobs, told)
         count = len(planned.left_out)
         note = f"{count} slide{'s' if count != 1 else ''} without complete tiles left out: see wsi-idc status"
-        return replace(summary, outcomes={**refused, **summary.outcomes}, notes=(note,) if count else ())
+        notes = (*((note,) if count else ()), *summary.notes)
+        return replace(summary, outcomes={**refused, **summary.outcomes}, notes=notes)

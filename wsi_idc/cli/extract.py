@@ -14,11 +14,15 @@ from wsi_idc.cli.options import (
     OnlyOption,
     QuietOption,
     ReaderOption,
+    SchedulerFileOption,
+    SchedulerOption,
     StoreOption,
     ThreadsOption,
     TissueOption,
     VerboseOption,
+    WaitOption,
     WorkersOption,
+    check_place,
     console_for,
     finish,
 )
@@ -57,6 +61,9 @@ def extract(
     ] = False,
     workers: WorkersOption = 0,
     threads: ThreadsOption = None,
+    scheduler: SchedulerOption = None,
+    scheduler_file: SchedulerFileOption = None,
+    wait: WaitOption = None,
     only: OnlyOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
@@ -81,7 +88,11 @@ def extract(
         pixels=not no_pixels,
         workers=workers,
         threads=threads,
+        scheduler=scheduler,
+        scheduler_file=scheduler_file,
+        wait=wait,
     )
+    check_place(settings)
     rows = _limit(read_manifest(manifest, strict=strict), only)
     from wsi_idc import extract as stage
 

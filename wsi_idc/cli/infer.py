@@ -12,14 +12,17 @@ from wsi_idc.cli.options import (
     JsonOption,
     OnlyOption,
     QuietOption,
+    SchedulerFileOption,
+    SchedulerOption,
     StoreOption,
     ThreadsOption,
     VerboseOption,
+    WaitOption,
     WorkersOption,
+    check_place,
     console_for,
     finish,
 )
-from wsi_idc.errors import UsageError
 
 
 def infer(
@@ -32,6 +35,9 @@ def infer(
     ] = None,
     workers: WorkersOption = 0,
     threads: ThreadsOption = None,
+    scheduler: SchedulerOption = None,
+    scheduler_file: SchedulerFileOption = None,
+    wait: WaitOption = None,
     gpus: Annotated[int, typer.Option(help="GPUs to use, one process each; 0: the CPU.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Tiles scored together. [default: 64]")] = None,
     precision: Annotated[
@@ -49,10 +55,17 @@ def infer(
     from wsi_idc.settings import InferSettings, build
 
     settings = build(
-        InferSettings, batch_size=batch_size, workers=workers, threads=threads, gpus=gpus, precision=precision
+        InferSettings,
+        batch_size=batch_size,
+        workers=workers,
+        threads=threads,
+        scheduler=scheduler,
+        scheduler_file=scheduler_file,
+        wait=wait,
+        gpus=gpus,
+        precision=precision,
     )
-    if settings.gpus and settings.workers:
-        raise UsageError("--gpus", "cannot go with --workers", "leave one of them out")
+    check_place(settings)
     from wsi_idc import infer as stage
     from wsi_idc.model.bundle import SHIPPED, read_bundle
 
