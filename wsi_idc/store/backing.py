@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from wsi_idc.errors import StoreBusyError, StoreError, system_reason
 from wsi_idc.files import flush_folder, write_whole
+from wsi_idc.objects import is_url
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store as ZarrStore
@@ -267,13 +268,13 @@ def holder_words(content: bytes | None) -> str:
 
 
 def backing_at(address: str | Path) -> Backing:
-    """The backing of what a user typed for a store.
+    """The backing of what a user typed for a store: a folder, or a URL.
 
     Raises:
-        StoreError: a scheme that no backing has.
+        UsageError: a URL of a scheme that is not supported, or whose provider needs more of the environment.
     """
-    text = str(address)
-    if "://" in text:
-        scheme = text.partition("://")[0]
-        raise StoreError(text, f"stores at {scheme}:// are not supported", "give a folder, on a disk or on NFS")
-    return FolderBacking(Path(address))
+    if not is_url(address):
+        return FolderBacking(Path(address))
+    from wsi_idc.store.objects import ObjectBacking
+
+    return ObjectBacking(str(address))
