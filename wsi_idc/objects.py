@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 SCHEMES = ("s3", "gs", "az")
-_RETRY = {"max_retries": 8, "retry_timeout": timedelta(minutes=2)}
-"""Of a request that met a busy server or a broken connection; the work of a night should outlive a minute of either."""
+_PATIENT = {
+    "max_retries": 10,
+    "retry_timeout": timedelta(minutes=2),
+    "backoff": {"init_backoff": timedelta(seconds=1), "base": 3, "max_backoff": timedelta(seconds=15)},
+}
+"""Of a request that met a busy server or a broken connection: the work of a night outlives a minute of either."""
+_IMPATIENT = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
+"""Of a server that never answered yet: who mistyped its name is told at once."""
 _CLIENT = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=5)}
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 
@@ -28,8 +34,12 @@ def is_url(text: object) -> bool:
     return "://" in str(text)
 
 
-def objects_at(url: str) -> "ObjectStore":
+def objects_at(url: str, *, patient: bool = True) -> "ObjectStore":
     """The objects below a URL; nothing is asked of the server yet.
+
+    Args:
+        url: where they are.
+        patient: whether to wait out a minute without the server.
 
     Raises:
         UsageError: it is no URL of a scheme that is supported, or the environment lacks what its provider needs.
@@ -49,7 +59,7 @@ def objects_at(url: str) -> "ObjectStore":
     # Whoever names an endpoint of http:// means it: the library would refuse, and say only "builder error".
     plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
     client: Any = {**_CLIENT, "allow_http": plain}
-    retry: Any = _RETRY
+    retry: Any = _PATIENT if patient else _IMPATIENT
     try:
         return from_url(url.rstrip("/"), config=config, client_options=client, retry_config=retry)
     except (BaseError, ValueError) as error:

@@ -216,7 +216,6 @@ def test_a_bucket_that_is_not_there_is_no_empty_store(objects):
 
 def test_a_server_that_does_not_answer_is_said(objects, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("wsi_idc.objects._RETRY", {"max_retries": 1})
     with pytest.raises(ObjectsError, match="does not answer"):
         ObjectBacking(f"s3://{objects.bucket()}/store").read("a")
 

@@ -314,7 +314,7 @@ def test_a_store_that_a_worker_may_not_write_is_named(started, wsi_idc, make, tm
         lease.rename(tmp_path / "kept")
         lease.mkdir()
         (lease / "holder.json").write_bytes(holder)
-        os.chmod(lease, 0o500)
+        lease.chmod(0o500)
         if os.getuid():
             assert "Permission denied" in unseen_store(held.ticket)[0]
         (lease / "holder.json").unlink()

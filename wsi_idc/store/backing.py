@@ -36,10 +36,6 @@ class Lease(Protocol):
     def nonce(self) -> str:
         """What this lease wrote into the store when it was taken, and no other ever does; "" before. See `holds`."""
 
-    @property
-    def lost(self) -> bool:
-        """Whether another run is known to have taken it over; a run that lost it must write nothing more."""
-
     def acquire(self) -> None:
         """Take it.
 
@@ -199,11 +195,6 @@ class FolderLease:
     def nonce(self) -> str:
         """See `Lease.nonce`."""
         return self._nonce
-
-    @property
-    def lost(self) -> bool:
-        """See `Lease.lost`: the system takes a lock from nobody."""
-        return False
 
     def acquire(self) -> None:
         """See `Lease.acquire`."""

@@ -38,10 +38,14 @@ LIFETIME_S = 120.0
 others wait for a run that was killed on another machine. A run that was suspended for longer can lose it."""
 
 
+_answered: set[str] = set()
+"""Addresses whose server has answered in this process."""
+
+
 @lru_cache(maxsize=64)
-def _opened(url: str) -> "Objects":
+def _opened(url: str, patient: bool) -> "Objects":
     """One client an address in each process: it keeps connections and credentials, and threads may share it."""
-    return objects_at(url)
+    return objects_at(url, patient=patient)
 
 
 @contextmanager
@@ -51,6 +55,7 @@ def _asking(url: str) -> Iterator[None]:
         yield
     except (BaseError, FileNotFoundError) as error:
         raise objects_error(url, error) from error
+    _answered.add(url)
 
 
 def _check_missing(url: str, error: FileNotFoundError) -> None:
@@ -69,7 +74,8 @@ class ObjectBacking:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        _opened(self._url)
+        # Refuses what can never be opened.
+        self._objects  # noqa: B018
 
     @property
     def address(self) -> str:
@@ -83,7 +89,7 @@ class ObjectBacking:
 
     @property
     def _objects(self) -> "Objects":
-        return _opened(self._url)
+        return _opened(self._url, self._url in _answered)
 
     def read(self, key: str) -> bytes | None:
         """See `Backing.read`."""
@@ -295,7 +301,7 @@ class ObjectLease:
 
     @property
     def lost(self) -> bool:
-        """See `Lease.lost`; known when the next renewal is due, which is a third of the lifetime."""
+        """Whether another run took it over; known when the next renewal is due, which is a third of the lifetime."""
         return self._lost
 
     def acquire(self) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsi_idc.errors import StoreBusyError, StoreError, system_reason
+from wsi_idc.errors import ObjectsError, StoreBusyError, StoreError, system_reason
 from wsi_idc.store.backing import LEASE, Backing, backing_at, holds
 from wsi_idc.store.map import StoredMap
 from wsi_idc.store.node import FORMAT, Node, group_document
@@ -166,6 +166,8 @@ def _format(backing: Backing) -> str | None:
             return None
         attributes = json.loads(content).get("attributes", {})
         found = attributes.get("format")
+    except ObjectsError as error:
+        raise StoreError(backing.address, str(error.strerror)) from error
     except OSError as error:
         raise StoreError(backing.address, f"cannot be read ({system_reason(error)})", "check the rights") from error
     except (ValueError, AttributeError, RecursionError) as error:
@@ -229,6 +231,8 @@ def hold_store(address: str | Path, *, create: bool = False) -> Iterator[Store]:
         if found != FORMAT:
             try:
                 store._make()
+            except ObjectsError as error:
+                raise StoreError(backing.address, str(error.strerror)) from error
             except OSError as error:
                 problem = f"cannot be written ({system_reason(error)})"
                 raise StoreError(backing.address, problem, "choose another --store") from error
