@@ -1,13 +1,16 @@
 """Stage 2: from tiles to one probability map a slide."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wsi_idc.errors import ModelError, StoreDamageError
+from wsi_idc.errors import ModelError, StoreDamageError, UsageError
 from wsi_idc.model.bundle import Form, LoadedBundle
+from wsi_idc.objects import is_url
 from wsi_idc.plan import Plan
 from wsi_idc.settings import InferSettings
+from wsi_idc.staging import stage_of
 from wsi_idc.store import Store, hold_store
 from wsi_idc.work.jobs import Listener, Outcome, Summary, carry_out
 from wsi_idc.work.score import ScoreJob, loaded
@@ -73,6 +76,16 @@ def _check_name(store: Store, bundle: LoadedBundle, *, force: bool) -> None:
         )
 
 
+def _check_near(store: Store, names: Sequence[str]) -> None:
+    """Refuse slides that would have to be read, and cannot be where they lie."""
+    for name in names:
+        with suppress(StoreDamageError):
+            slide = store.slide(name)
+            if not slide.has_pixels and is_url(slide.path):
+                advice = "give --stage DIR, a local folder that slides are copied to"
+                raise UsageError(slide.path, "lies in an object store, and the store has no pixels of it", advice)
+
+
 def infer(
     store: str | Path,
     bundle: LoadedBundle,
@@ -97,10 +110,14 @@ def infer(
         StoreError: the store cannot be used, or one of `only` is not in it.
         StoreBusyError: another run holds it.
         StoreWriteError: its disk is full.
+        UsageError: a slide lies in an object store, its pixels are not in the store, and there is no stage.
     """
     from wsi_idc.work import places
 
-    place = places.local(workers=settings.workers, gpus=settings.gpus, threads=settings.threads)
+    stage = stage_of(settings)
+    # With a stage, a second slide is copied while the first one is scored.
+    overlap = 1 if stage is None else 2
+    place = places.local(workers=settings.workers, gpus=settings.gpus, threads=settings.threads, overlap=overlap)
     form = bundle.form(settings.precision, cuda=settings.gpus > 0)
     if not settings.gpus:
         # With the threads that a task will have: in this process it is then loaded already when the first one runs.
@@ -109,10 +126,12 @@ def infer(
         planned = plan_maps(held, bundle, form, only=only, force=force)
         name, need = bundle.fields.name, bundle.made_from(form)
         todo = [slide for slide, plan in planned.plans.items() if plan.action != "skip"]
+        if stage is None:
+            _check_near(held, todo)
         if todo:
             held.put_model(name, {"model": name, "files": sorted(bundle.digests())})
         jobs = [
-            ScoreJob(slide, held.address, bundle.folder, bundle.fields, form, need, settings.batch_size)
+            ScoreJob(slide, held.address, bundle.folder, bundle.fields, form, need, settings.batch_size, stage)
             for slide in todo
             if slide not in planned.refused
         ]
@@ -121,7 +140,11 @@ def infer(
         for slide, reason in planned.refused.items():
             refused[slide] = Outcome("failed", reason=reason)
             told.ended(slide, refused[slide])
-        summary = carry_out(place, planned.plans, jobs, told)
+        try:
+            summary = carry_out(place, planned.plans, jobs, told)
+        finally:
+            for job in jobs if stage is not None else []:
+                job.drop()
         count = len(planned.left_out)
         note = f"{count} slide{'s' if count != 1 else ''} without complete tiles left out: see wsi-idc status"
         return replace(summary, outcomes={**refused, **summary.outcomes}, notes=(note,) if count else ())

@@ -73,7 +73,14 @@ class CutSettings(Settings):
     pixels: Annotated[bool, Field(json_schema_extra=CONTENT)] = True
 
 
-class ExtractSettings(CutSettings):
+class StageSettings(Settings):
+    """Where slides are copied to before they are read; by default they are read where they lie."""
+
+    stage: Annotated[str, Field(json_schema_extra=RUNTIME)] = ""
+    stage_gb: Annotated[float, Field(gt=0, le=1e6, json_schema_extra=RUNTIME)] = 50.0
+
+
+class ExtractSettings(CutSettings, StageSettings):
     """Everything that `extract` can be told."""
 
     workers: Annotated[int, Field(ge=0, le=1024, json_schema_extra=RUNTIME)] = 0
@@ -84,7 +91,7 @@ class ExtractSettings(CutSettings):
         return CutSettings(**{name: getattr(self, name) for name in CutSettings.model_fields})
 
 
-class InferSettings(Settings):
+class InferSettings(StageSettings):
     """Everything that `infer` can be told, besides the model."""
 
     precision: Annotated[Precision, Field(json_schema_extra=CONTENT)] = "auto"

@@ -12,6 +12,8 @@ from wsi_idc.cli.options import (
     JsonOption,
     OnlyOption,
     QuietOption,
+    StageGbOption,
+    StageOption,
     StoreOption,
     ThreadsOption,
     VerboseOption,
@@ -32,6 +34,8 @@ def infer(
     ] = None,
     workers: WorkersOption = 0,
     threads: ThreadsOption = None,
+    stage: StageOption = "",
+    stage_gb: StageGbOption = None,
     gpus: Annotated[int, typer.Option(help="GPUs to use, one process each; 0: the CPU.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Tiles scored together. [default: 64]")] = None,
     precision: Annotated[
@@ -49,11 +53,18 @@ def infer(
     from wsi_idc.settings import InferSettings, build
 
     settings = build(
-        InferSettings, batch_size=batch_size, workers=workers, threads=threads, gpus=gpus, precision=precision
+        InferSettings,
+        batch_size=batch_size,
+        workers=workers,
+        threads=threads,
+        gpus=gpus,
+        precision=precision,
+        stage=stage,
+        stage_gb=stage_gb,
     )
     if settings.gpus and settings.workers:
         raise UsageError("--gpus", "cannot go with --workers", "leave one of them out")
-    from wsi_idc import infer as stage
+    from wsi_idc import infer as command
     from wsi_idc.model.bundle import SHIPPED, read_bundle
 
     bundle = read_bundle(model or SHIPPED)
@@ -61,8 +72,8 @@ def infer(
         from wsi_idc.store import open_store
 
         form = bundle.form(settings.precision, cuda=settings.gpus > 0)
-        console.plans(stage.plan_maps(open_store(store), bundle, form, only=only or [], force=force).plans)
+        console.plans(command.plan_maps(open_store(store), bundle, form, only=only or [], force=force).plans)
         return
     with console.progress("infer") as listener:
-        summary = stage.infer(store, bundle, settings, only=only or [], force=force, listener=listener)
+        summary = command.infer(store, bundle, settings, only=only or [], force=force, listener=listener)
     finish(console, "infer", summary)
