@@ -1,9 +1,19 @@
 """Slides, bundles and stores made on the spot, with pixels that are known."""
 
+import http.client
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +63,127 @@ def published_model(shared_data: Path) -> Path:
     if not place.is_dir():
         pytest.skip("the published model is not beside the real data")
     return place
+
+
+class Objects:
+    """An S3 server of this test run, as a process of its own, and what it was asked.
+
+    Attributes:
+        environment: what a command needs to find it.
+    """
+
+    def __init__(self, port: int, log: Path) -> None:
+        self.endpoint, self._log = f"http://127.0.0.1:{port}", log
+        self.environment = {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": self.endpoint,
+        }
+
+    def bucket(self) -> str:
+        """A new bucket's name."""
+        name = f"bucket-{uuid.uuid4().hex}"
+        urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/{name}", method="PUT")).close()
+        return name
+
+    def requests(self) -> list[tuple[str, str]]:
+        """Method and path of every request so far."""
+        return re.findall(r'"(?:\x1b\[[\d;]*m)*([A-Z]+) (\S+) HTTP/1\.[01]', self._log.read_text())
+
+
+class Proxy(ThreadingHTTPServer):
+    """Stands before the S3 server, on loopback, and is a server that refuses or ignores what a test says.
+
+    Attributes:
+        refuse: is given method, path and body; gives status and code of an error, or None to let the request through.
+        ignored: headers that do not reach the server, in small letters.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, behind: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Forward)
+        self.behind = behind.removeprefix("http://")
+        self.refuse: Callable[[str, str, bytes], tuple[int, str] | None] = lambda *request: None
+        self.ignored: tuple[str, ...] = ()
+
+
+class _Forward(BaseHTTPRequestHandler):
+    """One connection of `Proxy`."""
+
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def _answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        refused = self.server.refuse(self.command, self.path, body)
+        if refused:
+            status, found = refused[0], {"content-type": "application/xml"}
+            content = f"<Error><Code>{refused[1]}</Code><Message>as the test says</Message></Error>".encode()
+        else:
+            sent = {name: value for name, value in self.headers.items() if name.lower() not in self.server.ignored}
+            connection = http.client.HTTPConnection(self.server.behind)
+            connection.request(self.command, self.path, body, sent)
+            answer = connection.getresponse()
+            status, content = answer.status, answer.read()
+            found = dict(answer.getheaders())
+            connection.close()
+        self.send_response(status)
+        length = found.get("Content-Length") if self.command == "HEAD" else None
+        kept = ("connection", "content-length", "transfer-encoding", "date", "server")
+        for name, value in {name: value for name, value in found.items() if name.lower() not in kept}.items():
+            self.send_header(name, value)
+        self.send_header("content-length", length or str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _answer  # noqa: N815
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(objects, monkeypatch):
+    """Between this process, with the commands that it starts, and the S3 server."""
+    with Proxy(objects.endpoint) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def objects_server(tmp_path_factory):
+    """moto's S3, on loopback; one a test process."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    log = tmp_path_factory.mktemp("moto") / "log"
+    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
+    try:
+        for _ in range(600):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield Objects(port, log)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def objects(objects_server: Objects, monkeypatch) -> Objects:
+    """An S3 server, which this process and the commands that it starts will find."""
+    for name, value in objects_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return objects_server
 
 
 def texture(width: int, height: int, seed: int = 0) -> np.ndarray:

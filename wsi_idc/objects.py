@@ -70,11 +70,15 @@ def objects_error(url: str, error: BaseException) -> ObjectsError:
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError) or code in _DENIED:
         what = f" ({code})" if code else ""
         return ObjectsError(errno.EACCES, f"permission denied{what}: check the credentials and their rights", url)
+    if any(place in text for place in _GIVE_CREDENTIALS):
+        return ObjectsError(errno.EACCES, "no credentials were found: set them in the environment", url)
     if "error sending request" in text or "timed out" in text:
         return ObjectsError(errno.ETIMEDOUT, "the server does not answer: check the endpoint and the network", url)
     return ObjectsError(errno.EIO, f"the object store failed ({code or _first_line(error)}): try again", url)
 
 
+_GIVE_CREDENTIALS = ("169.254.169.254", "metadata.google.internal")
+"""Who is asked for credentials where the environment has none: a machine in a cloud has them, any other does not."""
 _DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AllAccessDisabled")
 
 

@@ -2,21 +2,25 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from wsi_idc.errors import StoreBusyError, StoreError
-from wsi_idc.store.backing import FolderBacking, backing_at
+from wsi_idc.errors import StoreBusyError, UsageError
+from wsi_idc.store.backing import FolderBacking, backing_at, holds
 
 
-@pytest.fixture(params=["folder"])
+@pytest.fixture(params=["folder", "objects"])
 def backing(request, tmp_path):
     """A fresh backing of each kind."""
-    return {"folder": lambda: FolderBacking(tmp_path / "store")}[request.param]()
+    if request.param == "folder":
+        return backing_at(tmp_path / "store")
+    return backing_at(f"s3://{request.getfixturevalue('objects').bucket()}/a prefix/store")
 
 
 def test_what_was_written_is_read_and_replaced_whole(backing):
@@ -44,6 +48,15 @@ def test_readers_see_the_old_object_or_the_new_one(backing):
     done.set()
     reader.join()
     assert seen <= set(contents)
+
+
+def test_an_object_is_replaced_only_where_it_is_what_it_was(backing):
+    assert not backing.replace("a", b"", b"new")
+    backing.write("a", b"old")
+    assert not backing.replace("a", b"other", b"new")
+    assert backing.read("a") == b"old"
+    assert backing.replace("a", b"old", b"new")
+    assert backing.read("a") == b"new"
 
 
 def test_deleting_takes_the_object_and_all_below_and_nothing_beside(backing):
@@ -107,6 +120,20 @@ def test_one_has_the_lease_at_a_time_and_the_other_is_told_who(backing):
     second.release()
 
 
+def test_what_holds_the_lease_is_known_to_all_by_its_nonce(backing):
+    first, second = backing.lease(), backing.lease()
+    assert first.nonce == "" and not holds(backing, "")
+    first.acquire()
+    nonce = first.nonce
+    assert holds(backing, nonce) and not holds(backing, "another") and not first.lost
+    first.release()
+    assert not holds(backing, nonce)
+    second.acquire()
+    assert second.nonce != nonce
+    assert holds(backing, second.nonce) and not holds(backing, nonce)
+    second.release()
+
+
 def test_of_ten_at_once_one_gets_the_lease(backing):
     leases, got, start = [backing.lease() for _ in range(10)], [], threading.Barrier(10)
 
@@ -127,20 +154,30 @@ def test_of_ten_at_once_one_gets_the_lease(backing):
     got[0].release()
 
 
-def test_the_lease_of_a_killed_process_is_free(tmp_path):
+def test_the_lease_of_a_killed_process_is_free(backing):
     code = f"""
         import os
-        from pathlib import Path
-        from wsi_idc.store.backing import FolderBacking
-        FolderBacking(Path({str(tmp_path)!r})).lease().acquire()
+        from wsi_idc.store.backing import backing_at
+        backing_at({backing.address!r}).lease().acquire()
         os._exit(9)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
-    lease = FolderBacking(tmp_path).lease()
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert killed.returncode == 9
+    lease = backing.lease()
     lease.acquire()
     lease.release()
 
 
-def test_a_scheme_that_no_backing_has_is_refused():
-    with pytest.raises(StoreError, match="ftp://"):
-        backing_at("ftp://host/store")
+@pytest.mark.parametrize("address", ["ftp://host/store", "s3://", "s3:///store", "http://host/store"])
+def test_an_address_that_no_backing_has_is_refused(address):
+    with pytest.raises(UsageError, match=address.partition(":")[0]):
+        backing_at(address)
+
+
+def test_a_backing_can_go_to_other_processes_and_threads(backing):
+    backing.write("a", b"x")
+    assert pickle.loads(pickle.dumps(backing)).read("a") == b"x"
+    with ThreadPoolExecutor(8) as executor:
+        list(executor.map(lambda number: backing.write(f"b/{number}/c", b"y"), range(40)))
+        assert set(executor.map(lambda number: backing.read(f"b/{number}/c"), range(40))) == {b"y"}
+    assert len(backing.folders("b")) == 40

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import uuid
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from wsi_idc.errors import StoreBusyError, StoreError, system_reason
 from wsi_idc.files import flush_folder, write_whole
+from wsi_idc.objects import is_url
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store as ZarrStore
@@ -22,11 +24,21 @@ if TYPE_CHECKING:
 LEASE = "lease"
 """Key below which a lease keeps its files. `Store` makes it an empty Zarr array: what lies below an array is not walked
 by those who list the hierarchy."""
+HOLDER = f"{LEASE}/holder.json"
+"""Who has the lease: what `holder` gives, and what its kind of lease adds."""
 _PART = ".part"
 
 
 class Lease(Protocol):
     """The right to write: one run has it at a time. Readers need none."""
+
+    @property
+    def nonce(self) -> str:
+        """What this lease wrote into the store when it was taken, and no other ever does; "" before. See `holds`."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether another run is known to have taken it over; a run that lost it must write nothing more."""
 
     def acquire(self) -> None:
         """Take it.
@@ -55,6 +67,9 @@ class Backing(Protocol):
 
         When this returns, the object outlives a power cut.
         """
+
+    def replace(self, key: str, old: bytes, new: bytes) -> bool:
+        """Put `new` where `old` is still the whole object; False, and nothing is written, where it is not."""
 
     def delete(self, prefix: str) -> None:
         """Remove the object of that key and all below it; no error where there is nothing."""
@@ -101,6 +116,13 @@ class FolderBacking:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)
+
+    def replace(self, key: str, old: bytes, new: bytes) -> bool:
+        """See `Backing.replace`; a file system cannot compare and rename at once: the lease keeps other runs away."""
+        if self.read(key) != old:
+            return False
+        self.write(key, new)
+        return True
 
     def delete(self, prefix: str) -> None:
         """See `Backing.delete`."""
@@ -161,18 +183,29 @@ class FolderLease:
     def __init__(self, backing: FolderBacking) -> None:
         from filelock import FileLock
 
-        self._backing = backing
+        self._backing, self._nonce = backing, ""
         self._lock = FileLock(backing.folder / LEASE / "lock", timeout=0)
+
+    @property
+    def nonce(self) -> str:
+        """See `Lease.nonce`."""
+        return self._nonce
+
+    @property
+    def lost(self) -> bool:
+        """See `Lease.lost`: the system takes a lock from nobody."""
+        return False
 
     def acquire(self) -> None:
         """See `Lease.acquire`."""
         from filelock import Timeout
 
-        folder = self._backing.folder
+        folder, who = self._backing.folder, holder()
         try:
             (folder / LEASE).mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-            self._backing.write(f"{LEASE}/holder.json", json.dumps(holder()).encode())
+            self._backing.write(HOLDER, json.dumps(who).encode())
+            self._nonce = who["nonce"]
         except Timeout as error:
             raise StoreBusyError(folder, f"another run holds the store{self._who()}", _WAIT) from error
         except NotImplementedError as error:
@@ -186,13 +219,13 @@ class FolderLease:
     def release(self) -> None:
         """See `Lease.release`."""
         with suppress(OSError):
-            self._backing.delete(f"{LEASE}/holder.json")
+            self._backing.delete(HOLDER)
         self._lock.release()
 
     def _who(self) -> str:
         content = None
         with suppress(OSError):
-            content = self._backing.read(f"{LEASE}/holder.json")
+            content = self._backing.read(HOLDER)
         return holder_words(content)
 
 
@@ -200,9 +233,20 @@ _WAIT = "wait for it, or use --store"
 
 
 def holder() -> dict[str, Any]:
-    """Who holds a lease: this process, in plain values."""
+    """Who holds a lease: this process, in plain values, with a nonce that no other lease has."""
     start = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "start": start}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "start": start, "nonce": uuid.uuid4().hex}
+
+
+def holds(backing: Backing, nonce: str) -> bool:
+    """Whether the lease of that nonce still is the store's: asked wherever its run works, before what it did is shown.
+
+    One that expired, and that nobody took over since, still is.
+    """
+    try:
+        return bool(json.loads(backing.read(HOLDER) or b"")["nonce"] == nonce)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def holder_words(content: bytes | None) -> str:
@@ -215,13 +259,13 @@ def holder_words(content: bytes | None) -> str:
 
 
 def backing_at(address: str | Path) -> Backing:
-    """The backing of what a user typed for a store.
+    """The backing of what a user typed for a store: a folder, or a URL.
 
     Raises:
-        StoreError: a scheme that no backing has.
+        UsageError: a URL of a scheme that is not supported, or whose provider needs more of the environment.
     """
-    text = str(address)
-    if "://" in text:
-        scheme = text.partition("://")[0]
-        raise StoreError(text, f"stores at {scheme}:// are not supported", "give a folder, on a disk or on NFS")
-    return FolderBacking(Path(address))
+    if not is_url(address):
+        return FolderBacking(Path(address))
+    from wsi_idc.store.objects import ObjectBacking
+
+    return ObjectBacking(str(address))
