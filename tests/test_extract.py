@@ -168,7 +168,7 @@ def test_what_is_written_does_not_depend_on_who_shares_the_work(slides, recorder
     assert len(complete["checksums"]["tiles"]) == 24
     row = read_manifest(slides)[1]
     with hold_store(store.address) as held:
-        job = CutJob(row, held.address, CutSettings(), None)
+        job = CutJob(row, held.ticket, CutSettings(), None)
         work = Work(capacity)
         prepared = job.prepare(work)
         assert (len(prepared.blocks) == 1) == (capacity.workers == 1)

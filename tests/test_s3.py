@@ -73,11 +73,11 @@ def contents(store, path="", found=None):
 
 
 def records(store):
-    """The record of every slide and map."""
-    return {
-        path: json.loads(store.backing.read(f"{path}/zarr.json"))["attributes"]
-        for path in [*(f"slides/{name}" for name in store.all_slide_ids()), "maps", "maps/mean"]
-    }
+    """The record of every slide and map, but for what each attempt has of its own."""
+    paths = [f"slides/{name}" for name in store.all_slide_ids()]
+    paths += [f"maps/mean/{name}" for name in store.all_slide_ids()]
+    found = {path: json.loads(store.backing.read(f"{path}/zarr.json"))["attributes"] for path in paths}
+    return {path: {**attributes, "attempt": None} for path, attributes in found.items()}
 
 
 def test_every_command_does_on_s3_what_it_does_in_a_folder(wsi_idc, here, objects, cohort, bundle, tmp_path):

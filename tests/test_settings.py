@@ -4,7 +4,16 @@ import pytest
 
 from wsi_idc import settings
 from wsi_idc.errors import UsageError
-from wsi_idc.settings import CutSettings, ExtractSettings, InferSettings, Settings, StageSettings, TileSpec, build
+from wsi_idc.settings import (
+    CutSettings,
+    ExtractSettings,
+    InferSettings,
+    PlaceSettings,
+    Settings,
+    StageSettings,
+    TileSpec,
+    build,
+)
 
 
 def kinds(cls):
@@ -23,7 +32,7 @@ def test_no_settings_class_is_left_out_of_that_test():
     found = {value for value in vars(settings).values() if isinstance(value, type) and issubclass(value, Settings)} - {
         Settings
     }
-    assert found == {TileSpec, CutSettings, StageSettings, ExtractSettings, InferSettings}
+    assert found == {TileSpec, CutSettings, PlaceSettings, StageSettings, ExtractSettings, InferSettings}
 
 
 def test_runtime_settings_leave_the_hash_alone_and_content_changes_it():

@@ -213,7 +213,7 @@ def test_what_a_killed_process_left_is_deleted_by_the_next_one(tmp_path, stage, 
     other = source(tmp_path / "b.svs", 600_000)
     with stage.hold([other]):
         assert [file.name for file in stage.folder.rglob("*.svs")] == ["b.svs"]
-    stage_of(StageSettings(stage=str(stage.folder)))
+    stage.make()
     stage.drop([other])
     assert entries(stage) == []
 
@@ -308,7 +308,7 @@ def test_errors_name_the_users_file_and_never_the_copy(tmp_path, stage):
 def test_a_stage_that_is_no_folder_is_refused(tmp_path, text, said):
     source(tmp_path / "a.svs")
     with pytest.raises(UsageError, match=said):
-        stage_of(StageSettings(stage=text.format(tmp_path)))
+        stage_of(StageSettings(stage=text.format(tmp_path)), here=True)
 
 
 def test_without_a_stage_a_url_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from wsi_idc.errors import ManifestError, WsiIdcError
+from wsi_idc.errors import FaultsError, WsiIdcError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -60,7 +60,7 @@ class Console:
     def error(self, error: WsiIdcError) -> None:
         """An error that ends the command."""
         if self.json_lines:
-            faults = {"faults": error.faults} if isinstance(error, ManifestError) else {}
+            faults = {"faults": error.faults} if isinstance(error, FaultsError) else {}
             self.record("error", subject=error.subject, reason=error.reason, exit_code=error.exit_code, **faults)
         self.trouble(f"wsi-idc: {error}")
 

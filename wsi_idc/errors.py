@@ -2,7 +2,9 @@
 
     WsiIdcError                 1
     |-- UsageError              2   options, or a combination of them, that cannot be carried out
-    |   |-- ManifestError       2   a manifest with faults: all of them, one a line
+    |   |-- FaultsError         2   an input with faults: all of them, one a line
+    |   |   |-- ManifestError   2   a manifest
+    |   |   `-- WorkersError    2   a cluster whose workers do not fit
     |   |-- ModelError          2   a bundle that is broken or does not fit the store
     |   `-- StoreError          2   a store that is missing, of another format, or not a store
     |-- SlideError              1   one slide fails; the others go on
@@ -14,6 +16,8 @@
     |   |-- StoreDamageError    1   what the store holds of a slide is not what was written
     |   `-- AnnotationError     1   the slide's annotation cannot be used
     |-- StoreWriteError         1   the store's disk is full or takes no writes: the run ends, what was complete is kept
+    |-- OvertakenError          1   a task whose result another task has begun again: seen by `jobs` alone
+    |-- ClusterError            1   the scheduler, or every worker, is lost: the run ends, what was complete is kept
     `-- StoreBusyError          75  another run holds the store (EX_TEMPFAIL of sysexits.h)
 
 An error says which input, what is wrong, and what to do, in one line.
@@ -74,19 +78,27 @@ class UsageError(WsiIdcError):
     exit_code = 2
 
 
-class ManifestError(UsageError):
-    """A manifest with faults, all reported together."""
+class FaultsError(UsageError):
+    """An input with faults, all reported together."""
 
     def __init__(self, subject: object, faults: Sequence[str]) -> None:
         self.faults = list(faults)
         count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
         super().__init__(subject, count, "nothing was written")
 
-    def __reduce__(self) -> tuple[type["ManifestError"], tuple[str, list[str]]]:
+    def __reduce__(self) -> tuple[type["FaultsError"], tuple[str, list[str]]]:
         return (type(self), (self.subject, self.faults))
 
     def __str__(self) -> str:
         return "\n".join([f"{self.subject}: {self.reason}", *(f"  {fault}" for fault in self.faults)])
+
+
+class ManifestError(FaultsError):
+    """A manifest with faults."""
+
+
+class WorkersError(FaultsError):
+    """A cluster that has workers which could not do the work."""
 
 
 class ModelError(UsageError):
@@ -105,6 +117,14 @@ class StoreBusyError(WsiIdcError):
 
 class StoreWriteError(WsiIdcError):
     """The store's disk is full, or takes no writes."""
+
+
+class OvertakenError(WsiIdcError):
+    """A task found that another one had begun the same result again."""
+
+
+class ClusterError(WsiIdcError):
+    """The scheduler, or every worker, is lost."""
 
 
 class ObjectsError(OSError):

@@ -134,6 +134,7 @@ def extract(
         StoreError: the store cannot be used.
         StoreBusyError: another run holds it.
         StoreWriteError: its disk is full.
+        ClusterError: the cluster where it runs is lost.
         UsageError: slides lie in object stores, and there is no stage, or none of them can be had.
     """
     from wsi_idc.work import places
@@ -141,17 +142,17 @@ def extract(
     check_stage(rows, settings)
     # A slide's own decoding is spread over threads; a second slide under way fills the gaps of opening and masking, and
     # of copying.
-    place = places.local(workers=settings.workers, threads=settings.threads, overlap=2)
-    cut, stage = settings.cut(), stage_of(settings)
+    place = places.place(settings, overlap=2)
+    cut, stage = settings.cut(), stage_of(settings, here=not settings.elsewhere)
     with hold_store(store, create=True) as held:
         planned = plan_slides(rows, held, cut, force=force, strict=strict)
         refresh([slide.row for slide in planned if slide.plan.action == "skip"], held)
         todo = [slide for slide in planned if slide.plan.action != "skip"]
-        jobs = [CutJob(slide.row, held.address, cut, slide.made_from, stage) for slide in todo]
+        jobs = [CutJob(slide.row, held.ticket, cut, slide.made_from, stage) for slide in todo]
         plans = {slide.row.slide_id: slide.plan for slide in planned}
         try:
             summary = carry_out(place, plans, jobs, listener([job.job_id for job in jobs]))
         finally:
             for job in jobs if stage is not None else []:
                 job.drop()
-        return replace(summary, notes=held.notes)
+        return replace(summary, notes=(*held.notes, *summary.notes))

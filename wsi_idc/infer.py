@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wsi_idc.errors import ModelError, StoreDamageError, UsageError
-from wsi_idc.model.bundle import Form, LoadedBundle
+from wsi_idc.model.bundle import SHIPPED, Form, LoadedBundle
 from wsi_idc.objects import is_url
 from wsi_idc.plan import Plan
 from wsi_idc.settings import InferSettings
@@ -110,16 +110,16 @@ def infer(
         StoreError: the store cannot be used, or one of `only` is not in it.
         StoreBusyError: another run holds it.
         StoreWriteError: its disk is full.
+        ClusterError: the cluster where it runs is lost.
         UsageError: a slide lies in an object store, its pixels are not in the store, and there is no stage.
     """
     from wsi_idc.work import places
 
-    stage = stage_of(settings)
+    stage = stage_of(settings, here=not settings.elsewhere)
     # With a stage, a second slide is copied while the first one is scored.
-    overlap = 1 if stage is None else 2
-    place = places.local(workers=settings.workers, gpus=settings.gpus, threads=settings.threads, overlap=overlap)
+    place = places.place(settings, overlap=1 if stage is None else 2)
     form = bundle.form(settings.precision, cuda=settings.gpus > 0)
-    if not settings.gpus:
+    if not settings.gpus and not settings.elsewhere:
         # With the threads that a task will have: in this process it is then loaded already when the first one runs.
         loaded(bundle.folder, form, places.threads_of(settings.workers, settings.threads))
     with hold_store(store) as held:
@@ -130,8 +130,9 @@ def infer(
             _check_near(held, todo)
         if todo:
             held.put_model(name, {"model": name, "files": sorted(bundle.digests())})
+        folder = None if bundle.folder == SHIPPED else bundle.folder.absolute()
         jobs = [
-            ScoreJob(slide, held.address, bundle.folder, bundle.fields, form, need, settings.batch_size, stage)
+            ScoreJob(slide, held.ticket, folder, bundle.fields, form, need, settings.batch_size, stage)
             for slide in todo
             if slide not in planned.refused
         ]
@@ -147,4 +148,5 @@ def infer(
                 job.drop()
         count = len(planned.left_out)
         note = f"{count} slide{'s' if count != 1 else ''} without complete tiles left out: see wsi-idc status"
-        return replace(summary, outcomes={**refused, **summary.outcomes}, notes=(note,) if count else ())
+        notes = (*((note,) if count else ()), *summary.notes)
+        return replace(summary, outcomes={**refused, **summary.outcomes}, notes=notes)

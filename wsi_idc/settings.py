@@ -4,6 +4,7 @@ Each field says which it is: `content` enters the settings hash, so that another
 `runtime` does not. A test fails for a field that says neither.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -80,25 +81,35 @@ class StageSettings(Settings):
     stage_gb: Annotated[float, Field(gt=0, le=1e6, json_schema_extra=RUNTIME)] = 50.0
 
 
-class ExtractSettings(CutSettings, StageSettings):
-    """Everything that `extract` can be told."""
+class PlaceSettings(Settings):
+    """Where work runs: in this process, in local ones, or on a cluster; see `work/places.py`."""
 
     workers: Annotated[int, Field(ge=0, le=1024, json_schema_extra=RUNTIME)] = 0
+    gpus: Annotated[int, Field(ge=0, le=1024, json_schema_extra=RUNTIME)] = 0
     threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=RUNTIME)] = 0
+    scheduler: Annotated[str, Field(json_schema_extra=RUNTIME)] = ""
+    scheduler_file: Annotated[Path | None, Field(json_schema_extra=RUNTIME)] = None
+    wait: Annotated[float, Field(ge=0, le=604800, json_schema_extra=RUNTIME)] = 60.0
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it runs on a cluster."""
+        return bool(self.scheduler or self.scheduler_file)
+
+
+class ExtractSettings(CutSettings, PlaceSettings, StageSettings):
+    """Everything that `extract` can be told."""
 
     def cut(self) -> CutSettings:
         """The part that the tiles depend on."""
         return CutSettings(**{name: getattr(self, name) for name in CutSettings.model_fields})
 
 
-class InferSettings(StageSettings):
+class InferSettings(PlaceSettings, StageSettings):
     """Everything that `infer` can be told, besides the model."""
 
     precision: Annotated[Precision, Field(json_schema_extra=CONTENT)] = "auto"
     batch_size: Annotated[int, Field(ge=1, le=4096, json_schema_extra=RUNTIME)] = 64
-    workers: Annotated[int, Field(ge=0, le=1024, json_schema_extra=RUNTIME)] = 0
-    gpus: Annotated[int, Field(ge=0, le=64, json_schema_extra=RUNTIME)] = 0
-    threads: Annotated[int, Field(ge=0, le=256, json_schema_extra=RUNTIME)] = 0
 
 
 _Kind = TypeVar("_Kind", bound=Settings)

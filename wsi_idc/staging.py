@@ -52,8 +52,12 @@ _DELETED = ".deleted"
 _NAMING_PARTS = (".vms", ".vmu")
 
 
-def stage_of(settings: StageSettings) -> "Stage | None":
-    """The stage that a user asked for, ready to be used; None where none was.
+def stage_of(settings: StageSettings, *, here: bool) -> "Stage | None":
+    """The stage that a user asked for; None where none was.
+
+    Args:
+        settings: what was asked for.
+        here: whether it will be used on this host.
 
     Raises:
         UsageError: it is no folder that can be written to.
@@ -63,14 +67,19 @@ def stage_of(settings: StageSettings) -> "Stage | None":
     if is_url(settings.stage):
         raise UsageError(f"--stage {settings.stage}", "is a URL", "give a folder on a local disk")
     stage = Stage(Path(settings.stage).expanduser().absolute(), int(settings.stage_gb * GB))
-    try:
-        stage.folder.mkdir(parents=True, exist_ok=True)
-        with stage.alone():
-            stage.sweep()
-    except OSError as error:
-        problem = f"cannot be used ({system_reason(error)})"
-        raise UsageError(f"--stage {settings.stage}", problem, "give a folder that you can write to") from error
+    if here:
+        stage.make()
     return stage
+
+
+def unusable(stage: "Stage | None") -> list[str]:
+    """Why a stage cannot be used on this host."""
+    try:
+        if stage is not None:
+            stage.make()
+    except UsageError as error:
+        return [str(error)]
+    return []
 
 
 @contextmanager
@@ -176,6 +185,20 @@ class Stage:
     folder: Path
     limit: int
 
+    def make(self) -> None:
+        """Make it where it is not there, and delete what others left in it.
+
+        Raises:
+            UsageError: it cannot be used.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.alone():
+                self.sweep()
+        except OSError as error:
+            problem = f"cannot be used ({system_reason(error)})"
+            raise UsageError(f"--stage {self.folder}", problem, "give a folder that you can write to") from error
+
     @contextmanager
     def hold(self, sources: Sequence[Wanted]) -> Iterator[dict[Source, Path]]:
         """Copies of sources, made where there are none, kept as long as they are used and after that until `drop`.
@@ -199,6 +222,8 @@ class Stage:
 
     def drop(self, sources: Sequence[Wanted]) -> None:
         """Delete copies, now or when nobody uses them any more."""
+        if not self.folder.is_dir():
+            return
         key = _key(sources)
         with suppress(OSError), self.alone():
             for entry in self._entries():
@@ -233,6 +258,7 @@ class Stage:
         key, patience = _key(sources), _Patience()
         found: list[list[Root]] = []
         with self._refusals(sources[0][0]):
+            self.folder.mkdir(parents=True, exist_ok=True)
             while True:
                 mine = False
                 use: FileLock | None = None

@@ -14,7 +14,7 @@ from wsi_idc.infer import infer
 from wsi_idc.manifest import read_manifest
 from wsi_idc.model.bundle import read_bundle
 from wsi_idc.settings import ExtractSettings, InferSettings, TileSpec
-from wsi_idc.store import open_store, writable_store
+from wsi_idc.store import hold_store, open_store
 
 SQUARE = [[100, 100], [250, 100], [250, 250], [100, 250], [100, 100]]
 
@@ -67,8 +67,9 @@ def test_patients_that_the_model_was_trained_on_are_refused_unless_asked_for(sto
 
 
 def test_patients_that_a_card_lists_as_numbers_are_found_too(tmp_path, store, bundle):
-    for index in (2, 3):
-        writable_store(store.address).slide_node(f"s{index}").update({"patient_id": f"886{index}"})
+    with hold_store(store.address) as held:
+        for index in (2, 3):
+            held.slide_node(f"s{index}").update({"patient_id": f"886{index}"})
     with pytest.raises(UsageError, match=r"mean was trained on 1 of these 2 patients \(8862, ...\)"):
         judge(store, card(bundle, train_patients=[8862, "px"]))
     assert judge(store, card(bundle, train_patients=["008862"], val_patients=[8863])).notes == [
@@ -85,7 +86,8 @@ def test_a_card_whose_patients_cannot_be_compared_is_one_line(store, bundle):
 
 def test_slides_that_were_cut_on_different_grids_are_not_pooled(store, bundle):
     finer = TileSpec(mpp=2.0).content()
-    writable_store(store.address).slide_node("s3").update({"tile": finer})
+    with hold_store(store.address) as held:
+        held.slide_node("s3").update({"tile": finer})
     problem = "s3: was cut at 50 px at 2 um/px, and s2 at 50 px at 4 um/px"
     with pytest.raises(UsageError, match=problem):
         judge(store, read_bundle(bundle))

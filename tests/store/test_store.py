@@ -11,7 +11,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_idc.errors import StoreBusyError, StoreDamageError, StoreError
+from wsi_idc.errors import OvertakenError, StoreBusyError, StoreDamageError, StoreError
 from wsi_idc.settings import TileSpec
 from wsi_idc.store import MapState, Record, StoredMap, hold_store, open_store
 from wsi_idc.store.slide import create_tiles, identity, tiles_per_chunk, tiles_per_shard, write_shards
@@ -33,7 +33,7 @@ def attributes(**complete):
 
 def put_slide(store, name="a", count=3):
     node = store.slide_node(name)
-    node.begin()
+    attempt = node.begin()
     create_tiles(node, SPEC, count)
     pixels = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
     shard = tiles_per_shard(8)
@@ -42,19 +42,19 @@ def put_slide(store, name="a", count=3):
         "tiles": [checksum for _, checksum in write_shards(node, 0, parts)],
         "cell": node.put("cell", np.zeros((count, 2), np.int32), ("tile", "axis")),
     }
-    node.commit(attributes(tiles=count, checksums=checksums))
+    node.commit(attributes(tiles=count, checksums=checksums), attempt)
     return pixels
 
 
 def test_a_group_with_arrays_but_no_record_is_invisible(store):
     node = store.slide_node("a")
-    node.begin()
+    attempt = node.begin()
     node.put("cell", np.zeros((3, 2), np.int32), ("tile", "axis"))
     assert store.slide_ids() == []
     assert store.all_slide_ids() == ["a"]
     with pytest.raises(StoreError, match="not extracted"):
         store.slide("a")
-    node.commit(attributes())
+    node.commit(attributes(), attempt)
     assert store.slide_ids() == ["a"]
     assert store.slide("a").count == 3
 
@@ -86,6 +86,45 @@ def test_what_a_failed_attempt_left_is_removed(store):
     node.fail("broken")
     assert store.backing.folders("slides/a") == []
     assert node.record().attributes == {"failed": "broken"}
+
+
+def test_a_task_that_was_overtaken_commits_nothing(store):
+    node = store.slide_node("a")
+    slow = node.begin()
+    quick = node.begin()
+    with pytest.raises(OvertakenError):
+        node.commit(attributes(tiles=1), slow)
+    assert store.slide_ids() == []
+    node.commit(attributes(tiles=2), quick)
+    with pytest.raises(OvertakenError):
+        node.commit(attributes(tiles=1), slow)
+    assert store.slide("a").count == 2
+
+
+def test_a_task_that_is_begun_again_writes_and_commits_the_same_again(store):
+    node = store.slide_node("a")
+    attempt = node.begin()
+    for _ in range(2):
+        checksum = node.put("blur", np.arange(3, dtype=np.float32), ("tile",))
+        node.commit(attributes(checksums={"blur": checksum}), attempt)
+        assert store.slide("a").blur.tolist() == [0, 1, 2]
+
+
+def test_who_lost_the_store_writes_nothing_more(store):
+    node = store.slide_node("a")
+    attempt = node.begin()
+    put_slide(store, "b")
+    store.backing.write("lease/holder.json", b'{"nonce": "another"}')
+    for write in (
+        lambda: node.commit(attributes(), attempt),
+        node.begin,
+        lambda: node.fail("broken"),
+        lambda: store.slide_node("b").update({"patient_id": "q"}),
+    ):
+        with pytest.raises(StoreBusyError, match="another run has taken the store over"):
+            write()
+    assert store.slide_ids() == ["b"]
+    assert node.record().attributes == {"attempt": attempt}
 
 
 def test_attributes_can_be_replaced_while_the_result_stays(store):

@@ -49,7 +49,7 @@ def store_maker(folder: Path) -> MakeStore:
                 pixels = make_tiles(part >= 0.5, generator, size)
                 part[:unknown] = np.nan
                 node = store.slide_node(f"slide-{patient}")
-                node.begin()
+                attempt = node.begin()
                 create_tiles(node, spec, tiles)
                 step = tiles_per_shard(size)
                 shards = [pixels[start : start + step] for start in range(0, tiles, step)]
@@ -73,7 +73,8 @@ def store_maker(folder: Path) -> MakeStore:
                             "checksums": checksums,
                             "made_from": {},
                         },
-                    }
+                    },
+                    attempt,
                 )
         return open_store(address)
 

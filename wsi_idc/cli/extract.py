@@ -14,13 +14,17 @@ from wsi_idc.cli.options import (
     OnlyOption,
     QuietOption,
     ReaderOption,
+    SchedulerFileOption,
+    SchedulerOption,
     StageGbOption,
     StageOption,
     StoreOption,
     ThreadsOption,
     TissueOption,
     VerboseOption,
+    WaitOption,
     WorkersOption,
+    check_place,
     console_for,
     finish,
 )
@@ -59,6 +63,9 @@ def extract(
     ] = False,
     workers: WorkersOption = 0,
     threads: ThreadsOption = None,
+    scheduler: SchedulerOption = None,
+    scheduler_file: SchedulerFileOption = None,
+    wait: WaitOption = None,
     stage: StageOption = "",
     stage_gb: StageGbOption = None,
     only: OnlyOption = None,
@@ -85,9 +92,13 @@ def extract(
         pixels=not no_pixels,
         workers=workers,
         threads=threads,
+        scheduler=scheduler,
+        scheduler_file=scheduler_file,
+        wait=wait,
         stage=stage,
         stage_gb=stage_gb,
     )
+    check_place(settings)
     rows = _limit(read_manifest(manifest, strict=strict), only)
     from wsi_idc import extract as command
 

@@ -12,16 +12,19 @@ from wsi_idc.cli.options import (
     JsonOption,
     OnlyOption,
     QuietOption,
+    SchedulerFileOption,
+    SchedulerOption,
     StageGbOption,
     StageOption,
     StoreOption,
     ThreadsOption,
     VerboseOption,
+    WaitOption,
     WorkersOption,
+    check_place,
     console_for,
     finish,
 )
-from wsi_idc.errors import UsageError
 
 
 def infer(
@@ -34,6 +37,9 @@ def infer(
     ] = None,
     workers: WorkersOption = 0,
     threads: ThreadsOption = None,
+    scheduler: SchedulerOption = None,
+    scheduler_file: SchedulerFileOption = None,
+    wait: WaitOption = None,
     stage: StageOption = "",
     stage_gb: StageGbOption = None,
     gpus: Annotated[int, typer.Option(help="GPUs to use, one process each; 0: the CPU.")] = 0,
@@ -57,13 +63,15 @@ def infer(
         batch_size=batch_size,
         workers=workers,
         threads=threads,
+        scheduler=scheduler,
+        scheduler_file=scheduler_file,
+        wait=wait,
         gpus=gpus,
         precision=precision,
         stage=stage,
         stage_gb=stage_gb,
     )
-    if settings.gpus and settings.workers:
-        raise UsageError("--gpus", "cannot go with --workers", "leave one of them out")
+    check_place(settings)
     from wsi_idc import infer as command
     from wsi_idc.model.bundle import SHIPPED, read_bundle
 

@@ -1,12 +1,15 @@
 """Options that several commands take, once, and what a command begins and ends with."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wsi_idc.console import Console
+from wsi_idc.errors import UsageError
 
 if TYPE_CHECKING:
+    from wsi_idc.settings import PlaceSettings
     from wsi_idc.work.jobs import Summary
 
 StoreOption = Annotated[
@@ -20,6 +23,16 @@ WorkersOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", help="CPU threads of each task. [default: the cores, shared evenly]")
+]
+SchedulerOption = Annotated[
+    str | None, typer.Option("--scheduler", metavar="ADDRESS", help="Run on the Dask cluster of this scheduler.")
+]
+SchedulerFileOption = Annotated[
+    Path | None,
+    typer.Option("--scheduler-file", metavar="FILE", help="The same, by the file that the scheduler wrote."),
+]
+WaitOption = Annotated[
+    float | None, typer.Option("--wait", metavar="SECONDS", help="Wait so long for a cluster's workers. [default: 60]")
 ]
 StageOption = Annotated[
     str,
@@ -65,6 +78,20 @@ def current_console() -> Console:
 
 
 _current = Console()
+
+
+def check_place(settings: "PlaceSettings") -> None:
+    """Refuse options that contradict each other about where work runs.
+
+    Raises:
+        UsageError: they do.
+    """
+    if settings.scheduler and settings.scheduler_file:
+        raise UsageError("--scheduler", "cannot go with --scheduler-file", "leave one of them out")
+    if settings.workers and settings.elsewhere:
+        raise UsageError("--workers", "cannot go with --scheduler", "a cluster has the workers that were started there")
+    if settings.workers and settings.gpus:
+        raise UsageError("--gpus", "cannot go with --workers", "leave one of them out")
 
 
 def finish(console: Console, command: str, summary: "Summary") -> None:

@@ -59,6 +59,10 @@ class Backing(Protocol):
     def address(self) -> str:
         """What a user types for it."""
 
+    @property
+    def everywhere(self) -> str:
+        """What names it in other processes too, whatever folder they work in."""
+
     def read(self, key: str) -> bytes | None:
         """A whole object, or None where there is none."""
 
@@ -100,6 +104,11 @@ class FolderBacking:
     def address(self) -> str:
         """See `Backing.address`."""
         return str(self.folder)
+
+    @property
+    def everywhere(self) -> str:
+        """See `Backing.everywhere`."""
+        return str(self.folder.absolute())
 
     def _path(self, key: str) -> Path:
         return self.folder / key if key else self.folder

@@ -6,7 +6,8 @@ by the next run. A failure is kept in the record `failed`; it hides an older res
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.errors import ContainsArrayError
 
 from wsi_idc.digests import checksum
-from wsi_idc.errors import StoreDamageError
+from wsi_idc.errors import OvertakenError, StoreDamageError
 from wsi_idc.store.backing import Backing
 
 FORMAT = "wsi-idc-store/2"
@@ -54,6 +56,11 @@ class Record:
         return made_from if isinstance(made_from, dict) else None
 
     @property
+    def attempt(self) -> str:
+        """Which attempt to make the result this is; "" where that is not known."""
+        return str(self.attributes.get("attempt", ""))
+
+    @property
     def failed(self) -> str | None:
         """Why the last attempt failed, or None."""
         reason = self.attributes.get("failed")
@@ -83,11 +90,12 @@ class Node:
         backing: what the store lies on.
         path: the group's key.
         again: the command that makes it anew, for messages.
+        may_write: raises where the run whose task this is no longer holds the store; None: to be read only.
     """
 
-    def __init__(self, backing: Backing, path: str, again: str, *, read_only: bool) -> None:
+    def __init__(self, backing: Backing, path: str, again: str, may_write: Callable[[], None] | None = None) -> None:
         self.backing, self.path, self.again = backing, path, again
-        self._read_only = read_only
+        self._may_write = may_write
 
     @property
     def name(self) -> str:
@@ -96,11 +104,20 @@ class Node:
 
     @cached_property
     def _zarr(self) -> Any:
-        return self.backing.zarr(read_only=self._read_only)
+        return self.backing.zarr(read_only=self._may_write is None)
+
+    @property
+    def _key(self) -> str:
+        return f"{self.path}/zarr.json"
+
+    def _check(self) -> None:
+        if self._may_write is None:
+            raise RuntimeError(f"{self.path} was opened to be read")
+        self._may_write()
 
     def record(self) -> Record:
         """What the group says of itself, read afresh."""
-        content = self.backing.read(f"{self.path}/zarr.json")
+        content = self.backing.read(self._key)
         if content is None:
             return Record()
         try:
@@ -112,11 +129,21 @@ class Node:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             return Record(damage=f"zarr.json: {type(error).__name__}: {error}")
 
-    def begin(self) -> None:
-        """Clear what an earlier run left: first out of sight, then for good."""
-        self.backing.delete(f"{self.path}/zarr.json")
+    def begin(self) -> str:
+        """Clear what an earlier run left: first out of sight, then for good.
+
+        Returns:
+            a name for this attempt: `commit` wants it, and refuses when the group was begun again since.
+
+        Raises:
+            StoreBusyError: another run has taken the store over.
+        """
+        self._check()
+        self.backing.delete(self._key)
         self.backing.delete(self.path)
-        self.backing.write(f"{self.path}/zarr.json", group_document({}))
+        attempt = uuid.uuid4().hex
+        self.backing.write(self._key, group_document({"attempt": attempt}))
+        return attempt
 
     def create(
         self,
@@ -128,19 +155,26 @@ class Node:
         chunks: tuple[int, ...],
         shards: tuple[int, ...] | None = None,
     ) -> zarr.Array[Any]:
-        """Make an empty array, missing values being NaN or 0, its axes named."""
+        """Make an empty array, missing values being NaN or 0, its axes named.
+
+        One that is there already stays: the same task, begun again because its worker was lost, writes the same.
+        """
         fill = float("nan") if np.issubdtype(np.dtype(dtype), np.floating) else 0
-        return zarr.create_array(
-            self._zarr,
-            name=f"{self.path}/{name}",
-            shape=shape,
-            dtype=dtype,
-            chunks=chunks,
-            shards=shards,
-            fill_value=fill,
-            dimension_names=axes,
-            zarr_format=3,
-        )
+        place = f"{self.path}/{name}"
+        try:
+            return zarr.create_array(
+                self._zarr,
+                name=place,
+                shape=shape,
+                dtype=dtype,
+                chunks=chunks,
+                shards=shards,
+                fill_value=fill,
+                dimension_names=axes,
+                zarr_format=3,
+            )
+        except ContainsArrayError:
+            return zarr.open_array(self._zarr, path=place, mode="r+", zarr_format=3)
 
     def put(self, name: str, values: NDArray[Any], axes: Sequence[str]) -> str:
         """Make an array that is written at once, as one chunk; gives its checksum."""
@@ -150,14 +184,16 @@ class Node:
             array[...] = values
         return checksum(values)
 
-    def array(self, name: str) -> zarr.Array[Any]:
+    def array(self, name: str, *, writable: bool = False) -> zarr.Array[Any]:
         """An array of the group, whose values nobody has checked.
 
         Raises:
             StoreDamageError: it is not there, or its metadata cannot be read.
         """
         with self.reading(name):
-            return zarr.open_array(self._zarr, path=f"{self.path}/{name}", mode="r", zarr_format=3)
+            return zarr.open_array(
+                self._zarr, path=f"{self.path}/{name}", mode="r+" if writable else "r", zarr_format=3
+            )
 
     def read(self, name: str, expected: str) -> NDArray[Any]:
         """A whole array, checked.
@@ -186,29 +222,44 @@ class Node:
             f"{self.path}/{name}", f"the store is damaged there: {problem}", f"run {self.again} again"
         )
 
-    def commit(self, attributes: Mapping[str, Any]) -> None:
+    def commit(self, attributes: Mapping[str, Any], attempt: str) -> None:
         """Make the result visible: `attributes`, with `complete` in it, in one atomic write after all else is flushed.
 
         The record is marked with the format.
+
+        Args:
+            attributes: the group's.
+            attempt: what `begin` gave.
+
+        Raises:
+            StoreBusyError: another run has taken the store over.
+            OvertakenError: another task has begun the group again: its arrays may be half written by now.
         """
         complete = {"format": FORMAT, **attributes["complete"]}
+        document = group_document({**attributes, "attempt": attempt, "complete": complete})
         self.backing.flush(self.path)
-        self.backing.write(f"{self.path}/zarr.json", group_document({**attributes, "complete": complete}))
+        self._check()
+        begun = group_document({"attempt": attempt})
+        # The same task may have committed before, and its worker died before it could say so.
+        if not self.backing.replace(self._key, begun, document) and self.record().attempt != attempt:
+            raise OvertakenError(self.name, "another task began it again")
 
     def update(self, attributes: Mapping[str, Any]) -> None:
         """Replace some attributes of a result that stays as it is."""
+        self._check()
         kept = self.record().attributes
-        self.backing.write(f"{self.path}/zarr.json", group_document({**kept, **attributes}))
+        self.backing.write(self._key, group_document({**kept, **attributes}))
 
     def fail(self, reason: str) -> None:
         """Keep why the last attempt failed; an older result is kept beside it, out of readers' sight.
 
         What a broken attempt left is removed: on a full disk the next slides need the room.
         """
-        kept = self.record().attributes
+        self._check()
+        kept = {name: value for name, value in self.record().attributes.items() if name != "attempt"}
         if "complete" not in kept:
             self.backing.delete(self.path)
-        self.backing.write(f"{self.path}/zarr.json", group_document({**kept, "failed": reason}))
+        self.backing.write(self._key, group_document({**kept, "failed": reason}))
 
 
 class _Reading:

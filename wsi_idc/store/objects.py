@@ -77,6 +77,11 @@ class ObjectBacking:
         return self._url
 
     @property
+    def everywhere(self) -> str:
+        """See `Backing.everywhere`; other machines find it where their environment says the same of its provider."""
+        return self._url
+
+    @property
     def _objects(self) -> "Objects":
         return _opened(self._url)
 

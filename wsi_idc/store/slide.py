@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -79,7 +78,7 @@ def write_shards(node: Node, start: int, shards: Iterator[NDArray[np.uint8]]) ->
     Yields:
         tiles written, and the checksum of their pixels.
     """
-    array = zarr.open_array(node.backing.zarr(read_only=False), path=f"{node.path}/tiles", mode="r+", zarr_format=3)
+    array = node.array("tiles", writable=True)
     for tiles in shards:
         array[start : start + len(tiles)] = tiles
         start += len(tiles)

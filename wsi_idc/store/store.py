@@ -9,13 +9,15 @@
 """
 
 import json
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wsi_idc.errors import StoreError, system_reason
-from wsi_idc.store.backing import LEASE, Backing, backing_at
+from wsi_idc.errors import StoreBusyError, StoreError, system_reason
+from wsi_idc.store.backing import LEASE, Backing, backing_at, holds
 from wsi_idc.store.map import StoredMap
 from wsi_idc.store.node import FORMAT, Node, group_document
 from wsi_idc.store.slide import StoredSlide
@@ -36,29 +38,68 @@ _LEASE_DOCUMENT = {
 }
 
 
+@dataclass(frozen=True)
+class Ticket:
+    """What a run gives its tasks, wherever they run, to write with: the store's address, and the lease it holds."""
+
+    address: str
+    nonce: str
+
+
 class Store:
-    """A tile store; `open_store` and `hold_store` give one.
+    """A tile store; `open_store`, `hold_store` and `admit` give one.
 
     Attributes:
         backing: what it lies on.
         notes: lines that a user should see, of what was done to open it.
     """
 
-    def __init__(self, backing: Backing, *, read_only: bool, notes: tuple[str, ...] = ()) -> None:
-        self.backing, self.read_only, self.notes = backing, read_only, notes
+    def __init__(self, backing: Backing, ticket: Ticket | None = None) -> None:
+        self.backing, self._ticket = backing, ticket
+        self.notes: tuple[str, ...] = ()
 
     @property
     def address(self) -> str:
         """What a user types for it."""
         return self.backing.address
 
+    @property
+    def held(self) -> bool:
+        """Whether the run that writes still holds the lease."""
+        return self._ticket is not None and holds(self.backing, self._ticket.nonce)
+
+    @property
+    def ticket(self) -> Ticket:
+        """What tasks write into a store with that is held."""
+        if self._ticket is None:
+            raise RuntimeError(f"{self.address} was opened to be read")
+        return self._ticket
+
+    def try_writing(self) -> None:
+        """Write something and remove it.
+
+        Raises:
+            OSError: that cannot be done here.
+        """
+        key = f"{LEASE}/{uuid.uuid4().hex}"
+        self.backing.write(key, b"")
+        self.backing.delete(key)
+
+    def _check(self) -> None:
+        if not self.held:
+            advice = "nothing more is written: wait for that run, then run the same command"
+            raise StoreBusyError(self.address, "another run has taken the store over", advice)
+
+    def _node(self, path: str, again: str) -> Node:
+        return Node(self.backing, path, again, None if self._ticket is None else self._check)
+
     def slide_node(self, slide_id: str) -> Node:
         """The group of a slide."""
-        return Node(self.backing, f"slides/{slide_id}", "wsi-idc extract", read_only=self.read_only)
+        return self._node(f"slides/{slide_id}", "wsi-idc extract")
 
     def map_node(self, model: str, slide_id: str) -> Node:
         """The group of a slide's map."""
-        return Node(self.backing, f"maps/{model}/{slide_id}", "wsi-idc infer", read_only=self.read_only)
+        return self._node(f"maps/{model}/{slide_id}", "wsi-idc infer")
 
     def all_slide_ids(self) -> list[str]:
         """Every slide that was ever tried."""
@@ -93,7 +134,7 @@ class Store:
 
     def model_attributes(self, model: str) -> Mapping[str, Any]:
         """What is known of the model whose maps these are; empty where it has none."""
-        return Node(self.backing, f"maps/{model}", "wsi-idc infer", read_only=True).record().attributes
+        return self._node(f"maps/{model}", "wsi-idc infer").record().attributes
 
     def put_model(self, model: str, attributes: Mapping[str, Any]) -> None:
         """Make the group of a model's maps, or replace its attributes."""
@@ -143,7 +184,7 @@ def find_store(address: str | Path) -> Store | None:
         StoreError: something else is there, or it cannot be read.
     """
     backing = backing_at(address)
-    return None if _format(backing) is None else Store(backing, read_only=True)
+    return None if _format(backing) is None else Store(backing)
 
 
 def open_store(address: str | Path) -> Store:
@@ -159,7 +200,7 @@ def open_store(address: str | Path) -> Store:
     if found in OLDER:
         advice = "run wsi-idc extract with its manifest: that brings it up to date, and cuts its slides again"
         raise StoreError(backing.address, f"a store of format {found!r}, {FORMAT!r} is needed", advice)
-    return Store(backing, read_only=True)
+    return Store(backing)
 
 
 @contextmanager
@@ -182,7 +223,7 @@ def hold_store(address: str | Path, *, create: bool = False) -> Iterator[Store]:
     lease.acquire()
     try:
         found, notes = _format(backing), []
-        store = Store(backing, read_only=False)
+        store = Store(backing, Ticket(backing.everywhere, lease.nonce))
         if found in OLDER:
             notes.append(f"{address}: the store had format {found}; it is brought up to date, every slide is cut again")
         if found != FORMAT:
@@ -197,6 +238,6 @@ def hold_store(address: str | Path, *, create: bool = False) -> Iterator[Store]:
         lease.release()
 
 
-def writable_store(address: str | Path) -> Store:
+def admit(ticket: Ticket) -> Store:
     """The store, for a task of the run that holds it."""
-    return Store(backing_at(address), read_only=False)
+    return Store(backing_at(ticket.address), ticket)

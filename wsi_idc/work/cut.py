@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from wsi_idc import __version__
 from wsi_idc.digests import fingerprint
-from wsi_idc.errors import AccessError, SlideError
+from wsi_idc.errors import AccessError, SlideError, WsiIdcError, system_reason
 from wsi_idc.grid import Grid
 from wsi_idc.manifest import Row
 from wsi_idc.settings import CutSettings
 from wsi_idc.slides import Slide, open_slide
-from wsi_idc.staging import Stage, Wanted, at_hand, drop
-from wsi_idc.store import Node, writable_store
+from wsi_idc.staging import Stage, Wanted, at_hand, drop, unusable
+from wsi_idc.store import Node, Ticket, admit
 from wsi_idc.store.slide import create_tiles, identity, tiles_per_shard, write_shards
 from wsi_idc.work.jobs import Block, Outcome, Prepared, Work
 
@@ -96,14 +96,14 @@ class CutJob:
 
     Attributes:
         row: the slide's line of the manifest.
-        store: the store's address.
+        ticket: to write into the store with.
         settings: what the tiles depend on.
         made_from: what they would be made from; None where the source could not be read.
         stage: where the slide is copied to before it is read; None: it is read where it lies.
     """
 
     row: Row
-    store: str
+    ticket: Ticket
     settings: CutSettings
     made_from: dict[str, Any] | None
     stage: Stage | None = None
@@ -120,7 +120,7 @@ class CutJob:
 
     @property
     def _node(self) -> Node:
-        return writable_store(self.store).slide_node(self.row.slide_id)
+        return admit(self.ticket).slide_node(self.row.slide_id)
 
     def _wanted(self, need: Mapping[str, Any]) -> list[Wanted]:
         """The slide, its annotation and its mask, as they were when the run was planned."""
@@ -154,12 +154,13 @@ class CutJob:
                 "origin": list(slide.origin),
             }
         node = self._node
-        node.begin()
+        attempt = node.begin()
         arrays = {"cell": cells, "position": grid.position(cells), "tissue": tissue, "idc": idc}
         checksums = {name: node.put(name, values, ("tile", "axis")[: values.ndim]) for name, values in arrays.items()}
         checksums["thumbnail"] = node.put("thumbnail", thumbnail, ("thumbnail_y", "thumbnail_x", "c"))
         checksums["tissue_mask"] = node.put("tissue_mask", mask, ("thumbnail_y", "thumbnail_x"))
         info = {
+            "attempt": attempt,
             "about": about,
             "made_from": need,
             "warnings": warnings,
@@ -247,7 +248,7 @@ class CutJob:
             "versions": versions(),
         }
         attributes = {**describe(self.row), **info["about"], "tile": self.settings.tile.content()}
-        node.commit({**attributes, "warnings": info["warnings"], "complete": complete})
+        node.commit({**attributes, "warnings": info["warnings"], "complete": complete}, info["attempt"])
         return Outcome("done", tiles=prepared.tiles, warnings=tuple(info["warnings"]))
 
     def drop(self) -> None:
@@ -255,11 +256,34 @@ class CutJob:
         if self.made_from is not None:
             drop(self.stage, self._wanted(self.made_from))
 
+    def hindrances(self) -> list[str]:
+        """See `Job.hindrances`."""
+        found = [*unseen_store(self.ticket), *unusable(self.stage)]
+        try:
+            # What nobody could read when the run was planned fails by itself.
+            if self.made_from is not None and made_from(self.row, self.settings) != self.made_from:
+                found.append(f"{self.row.path}: it is another file there; give workers the same slides")
+        except SlideError as error:
+            found.append(f"{error.subject}: {error.problem}; give workers the same slides, by the same paths")
+        return found
+
     def fail(self, reason: str) -> None:
         """See `Job.fail`."""
         node = self._node
         node.fail(reason)
         node.update(describe(self.row))
+
+
+def unseen_store(ticket: Ticket) -> list[str]:
+    """Why this process cannot write into the store that a run holds: it sees another one, none, or may not."""
+    try:
+        store = admit(ticket)
+        if not store.held:
+            return [f"{ticket.address}: the store is not there; put it where the client and all workers see the same"]
+        store.try_writing()
+    except (OSError, WsiIdcError) as error:
+        return [f"{ticket.address}: {system_reason(error) if isinstance(error, OSError) else error.problem}"]
+    return []
 
 
 _PIXELS_FROM = ("source", "reader")

@@ -11,12 +11,21 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any, Literal, Protocol
 
-from wsi_idc.errors import StoreWriteError, WsiIdcError, system_reason
+from wsi_idc.errors import (
+    ClusterError,
+    ObjectsError,
+    OvertakenError,
+    StoreBusyError,
+    StoreWriteError,
+    WsiIdcError,
+    system_reason,
+)
 from wsi_idc.plan import Plan
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -40,12 +49,42 @@ class Capacity:
     gpu: bool = False
 
 
-@dataclass(frozen=True)
 class Place:
-    """Where work runs: a Dask client, and what it offers."""
+    """Where work runs: a Dask client, and what it offers.
 
-    client: Any
-    capacity: Capacity
+    Attributes:
+        client: Dask's.
+        capacity: what is offered, from when work is admitted.
+        workers: addresses of those that may be given work; None: all there are.
+    """
+
+    workers: list[str] | None = None
+
+    def __init__(self, client: Any, capacity: Capacity) -> None:
+        self.client, self.capacity = client, capacity
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines that a user should see, of what became of the place."""
+        return []
+
+    def lost(self) -> ClusterError:
+        """The error that says that it is."""
+        return ClusterError("the scheduler", "it is lost", "what was complete is kept, the same command goes on")
+
+    def admit(self, jobs: Sequence["Job"]) -> None:
+        """Find out, before any of these jobs begins, whether they can be done here.
+
+        Raises:
+            UsageError: they cannot.
+        """
+
+    def watch(self) -> None:
+        """Look after the place; called about every second while work is under way.
+
+        Raises:
+            ClusterError: it is lost.
+        """
 
 
 @dataclass(frozen=True)
@@ -154,6 +193,9 @@ class Job(Protocol):
     def finish(self, prepared: Prepared, results: list[Any], work: Work) -> Outcome:
         """Commit the blocks, given in order."""
 
+    def hindrances(self) -> list[str]:
+        """Why it could not be done by the process that asks: what of the store, slide and model is not seen there."""
+
     def fail(self, reason: str) -> None:
         """Keep why the job failed; called where the client is."""
 
@@ -177,34 +219,40 @@ def carry_out(
     """Run the jobs of a plan, and say what became of every slide in it; no place is opened where nothing is to do.
 
     Raises:
-        StoreWriteError: the store's disk is full; what was complete is kept.
+        UsageError: the place cannot do them.
+        StoreWriteError, StoreBusyError, ClusterError: the run cannot go on; what was complete is kept.
     """
     start = time.monotonic()
     outcomes: dict[str, Outcome] = {}
+    notes: tuple[str, ...] = ()
     if jobs:
         with place as opened:
+            opened.admit(jobs)
             outcomes = run_jobs(opened, jobs, listener)
-    return Summary(plans, outcomes, time.monotonic() - start)
+            notes = tuple(opened.notes)
+    return Summary(plans, outcomes, time.monotonic() - start, notes)
 
 
 def run_jobs(place: Place, jobs: Sequence[Job], listener: Listener) -> dict[str, Outcome]:
     """Run every job to its outcome; one that fails leaves the others alone.
 
-    A job whose worker died is run again by itself, since Dask blames every task that was waiting there.
+    A job of which a task was lost is run again by itself, since Dask blames every task that was waiting where a worker
+    died.
 
     Returns:
         job id -> outcome.
 
     Raises:
-        StoreWriteError: the store's disk is full; nothing more is begun.
+        StoreWriteError: the store takes no more; nothing more is begun.
+        StoreBusyError: another run has taken the store over.
+        ClusterError: the scheduler, or every worker, is lost.
     """
     topic = f"wsi-idc-{uuid.uuid4().hex}"
     place.client.subscribe_topic(topic, lambda event: listener.advanced(event[1]["job"], event[1]["tiles"]))
     try:
         drive = _Drive(place, topic, listener)
         for job in drive.run(jobs):
-            if drive.run([job]):
-                drive.end(job, _fail(job, _Failure("its worker process died twice (killed, or out of memory)", _FEWER)))
+            drive.run([job], last=True)
         return drive.outcomes
     finally:
         with contextlib.suppress(Exception):
@@ -221,11 +269,19 @@ class _Failure:
     problem: str
     advice: str = ""
     detail: str = ""
-    no_room: bool = False
+    ends: WsiIdcError | None = None
+    """What ends the run: the others would meet the same."""
 
     @property
     def reason(self) -> str:
         return f"{self.problem}; {self.advice}" if self.advice else self.problem
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """A task whose answer does not count, and why: its job is run again by itself before it is called failed."""
+
+    why: str
 
 
 @dataclass(eq=False)
@@ -237,13 +293,13 @@ class _Active:
     waiting: deque[int] = field(default_factory=deque)
     results: dict[int, Any] = field(default_factory=dict)
     failure: _Failure | None = None
-    died: bool = False
+    lost: _Lost | None = None
     tasks: int = 0
     """Handed out and not back."""
 
     @property
     def broken(self) -> bool:
-        return self.died or self.failure is not None
+        return self.lost is not None or self.failure is not None
 
 
 class _Drive:
@@ -254,55 +310,84 @@ class _Drive:
     """
 
     def __init__(self, place: Place, topic: str, listener: Listener) -> None:
-        self._client, self._capacity, self._topic, self._listener = place.client, place.capacity, topic, listener
+        self._place, self._topic, self._listener = place, topic, listener
         self.outcomes: dict[str, Outcome] = {}
 
-    def end(self, job: Job, outcome: Outcome) -> None:
+    def _end(self, job: Job, outcome: Outcome) -> None:
         """Note what became of a job, and tell it."""
         self.outcomes[job.job_id] = outcome
         self._listener.ended(job.job_id, outcome)
 
-    def run(self, jobs: Sequence[Job]) -> list[Job]:
-        """Run jobs; gives back those whose worker died.
+    def run(self, jobs: Sequence[Job], *, last: bool = False) -> list[Job]:
+        """Run jobs; gives back those of which a task was lost, or where this is their last chance ends them too.
 
         Raises:
-            StoreWriteError: see `run_jobs`.
+            StoreWriteError, StoreBusyError, ClusterError: see `run_jobs`.
         """
-        from distributed import as_completed
-
-        self._completed = as_completed([])
         self._stages: dict[str, tuple[_Active, int | None]] = {}
         self._waiting, self._begun = deque(jobs), list[_Active]()
         suspects: list[Job] = []
-        no_room: _Failure | None = None
-        limit = self._capacity.slots + max(1, self._capacity.slots // 2)
-        self._hand_out(limit)
-        for future in self._completed:
-            active, index = self._stages.pop(future.key)
-            active.tasks -= 1
-            self._take(active, index, _unwrap(future))
-            future.release()
-            if active.failure and active.failure.no_room:
-                no_room = active.failure
+        ends: WsiIdcError | None = None
+        for active, index, value in self._answers():
+            self._take(active, index, value)
+            if active.failure and active.failure.ends:
+                ends = ends or active.failure.ends
                 self._waiting.clear()
                 for other in self._begun:
                     other.waiting.clear()
             # A broken job is settled when none of its tasks is left that could still write.
             if active.broken and not active.tasks:
                 self._begun.remove(active)
-                if active.died:
+                if active.failure is None and active.lost and not last:
                     suspects.append(active.job)
-                elif active.failure:
-                    self.end(active.job, _fail(active.job, active.failure))
-            self._hand_out(limit)
-        if no_room:
-            raise StoreWriteError("the store", no_room.problem, "make room: what was complete is kept, run it again")
+                else:
+                    why = active.lost.why if active.lost else ""
+                    self._end(active.job, _fail(active.job, active.failure or _Failure(f"{why}, twice", _FEWER)))
+        if ends:
+            raise ends
         return suspects
+
+    def _answers(self) -> Iterator[tuple[_Active, int | None, Any]]:
+        """What tasks give, as it comes, until there are none left."""
+        self._back: SimpleQueue[Any] = SimpleQueue()
+        self._hand_out()
+        while self._stages:
+            self._place.watch()
+            try:
+                future = self._back.get(timeout=1)
+            except Empty:
+                self._hand_out()
+                continue
+            active, index = self._stages.pop(future.key)
+            active.tasks -= 1
+            yield active, index, self._unwrap(future)
+            future.release()
+            self._hand_out()
+
+    def _unwrap(self, future: Any) -> Any:
+        """What a task gave; an answer that cannot be had is a loss to that job alone.
+
+        Raises:
+            ClusterError: the scheduler is lost.
+        """
+        from distributed import CancelledError
+        from distributed.scheduler import KilledWorker
+
+        try:
+            return future.result()
+        except KilledWorker:
+            return _Lost("its worker process died (killed, or out of memory)")
+        except CancelledError as error:
+            if getattr(error, "reason", "") == "scheduler-connection-lost":
+                raise self._place.lost() from error
+            return _Lost("its task was cancelled")
+        except Exception as error:
+            return _Lost(f"the worker's answer cannot be read ({type(error).__name__}: {error})")
 
     def _take(self, active: _Active, index: int | None, value: Any) -> None:
         """Note what one task gave."""
-        if isinstance(value, _Died):
-            active.died = True
+        if isinstance(value, _Lost):
+            active.lost = active.lost or value
         elif isinstance(value, _Failure):
             active.failure = active.failure or value
         elif isinstance(value, Prepared):
@@ -313,7 +398,7 @@ class _Drive:
             active.results[index] = value
         else:
             self._begun.remove(active)
-            self.end(active.job, value)
+            self._end(active.job, value)
             return
         if active.broken:
             active.waiting.clear()
@@ -321,8 +406,10 @@ class _Drive:
             results = [active.results[number] for number in range(len(active.results))]
             self._submit(active, None, "finish", active.prepared, results, urgency=2)
 
-    def _hand_out(self, limit: int) -> None:
-        """Hand out tasks up to the limit."""
+    def _hand_out(self) -> None:
+        """Hand out tasks: half as many again as there are slots."""
+        slots = self._place.capacity.slots
+        limit = slots + max(1, slots // 2)
         while len(self._stages) < limit:
             active = next((one for one in self._begun if one.waiting), None)
             if active is not None and active.prepared is not None:
@@ -337,56 +424,71 @@ class _Drive:
                 return
 
     def _submit(self, active: _Active, index: int | None, call: str, *arguments: Any, urgency: int) -> None:
-        future = self._client.submit(
-            _call, active.job, call, arguments, self._capacity, self._topic, pure=False, priority=urgency
+        place = self._place
+        options = {"workers": place.workers, "allow_other_workers": False} if place.workers is not None else {}
+        future = place.client.submit(
+            _call, active.job, call, arguments, place.capacity, self._topic, pure=False, priority=urgency, **options
         )
         active.tasks += 1
         self._stages[future.key] = (active, index)
-        self._completed.add(future)
-
-
-class _Died:
-    """What a task gave whose worker process died."""
+        future.add_done_callback(self._back.put)
 
 
 def _fail(job: Job, failure: _Failure) -> Outcome:
     """Keep why a job failed; where even that cannot be written (a full disk), it is told all the same."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, StoreBusyError):
         job.fail(failure.reason)
     return Outcome("failed", reason=failure.reason, detail=failure.detail)
 
 
+class _Report:
+    """Tells the client of tiles, at most twice a second: a scheduler keeps what it is told."""
+
+    def __init__(self, job_id: str, topic: str) -> None:
+        from distributed import get_worker
+
+        self._worker, self._job_id, self._topic = get_worker(), job_id, topic
+        self._tiles, self._told = 0, time.monotonic()
+
+    def __call__(self, tiles: int) -> None:
+        self._tiles += tiles
+        if time.monotonic() - self._told >= 0.5:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._tiles:
+            self._worker.log_event(self._topic, {"job": self._job_id, "tiles": self._tiles})
+        self._tiles, self._told = 0, time.monotonic()
+
+
 def _call(job: Job, call: str, arguments: tuple[Any, ...], capacity: Capacity, topic: str) -> Any:
     """Run one call on a worker; errors come back as plain text: Dask neither retries, nor logs, nor unpickles them."""
-    from distributed import get_worker
-
-    worker = get_worker()
-
-    def report(tiles: int) -> None:
-        worker.log_event(topic, {"job": job.job_id, "tiles": tiles})
-
+    report = _Report(job.job_id, topic)
     try:
-        return getattr(job, call)(*arguments, Work(capacity, report))
+        value = getattr(job, call)(*arguments, Work(capacity, report))
+        report.flush()
+        return value
+    except OvertakenError as error:
+        return _Lost(error.problem)
     except Exception as error:
-        detail = "".join(traceback.format_exception(error))[-16_384:]
-        if isinstance(error, WsiIdcError):
-            known = not error.subject or error.subject in job.names
-            return _Failure(error.problem if known else f"{error.subject}: {error.problem}", error.advice, detail)
-        if isinstance(error, MemoryError):
-            return _Failure("out of memory", f"{_FEWER} or a smaller --batch-size", detail)
-        if isinstance(error, OSError):
-            return _Failure(system_reason(error), "", detail, error.errno in _NO_ROOM)
-        return _Failure(f"{type(error).__name__}: {error}", "this looks like a defect, please report it", detail)
+        return _failure(job, error)
 
 
-def _unwrap(future: Any) -> Any:
-    """What a task gave; an answer that cannot be had is a failure, or a death, of that job alone."""
-    from distributed import CancelledError
-    from distributed.scheduler import KilledWorker
-
-    try:
-        return future.result()
-    except (KilledWorker, CancelledError):
-        return _Died()
-    except Exception as error:
-        return _Failure(f"the worker's answer cannot be read ({type(error).__name__}: {error})", "please report it")
+def _failure(job: Job, error: Exception) -> _Failure:
+    """An error of a call in plain text."""
+    detail = "".join(traceback.format_exception(error))[-16_384:]
+    if isinstance(error, WsiIdcError):
+        known = not error.subject or error.subject in job.names
+        ends = error if isinstance(error, StoreBusyError) else None
+        return _Failure(error.problem if known else f"{error.subject}: {error.problem}", error.advice, detail, ends)
+    if isinstance(error, MemoryError):
+        return _Failure("out of memory", f"{_FEWER} or a smaller --batch-size", detail)
+    if isinstance(error, OSError):
+        reason = system_reason(error)
+        full: StoreWriteError | None = None
+        if error.errno in _NO_ROOM:
+            full = StoreWriteError("the store", reason, "make room: what was complete is kept, run it again")
+        elif isinstance(error, ObjectsError):
+            full = StoreWriteError("the store", reason, "what was complete is kept, the same command goes on")
+        return _Failure(reason, "", detail, full)
+    return _Failure(f"{type(error).__name__}: {error}", "this looks like a defect, please report it", detail)

@@ -1,4 +1,4 @@
-"""Where work runs: in this process, in N local processes, or in one process a GPU.
+"""Where work runs: in this process, in N local processes, in one process a GPU, or on a cluster (`cluster.py`).
 
 A place is a context manager that yields a Dask client and a plain `Capacity`. What listens does so on the loopback
 address, takes nobody's work but ours, and serves no pages. Dask's own `LocalCluster` does not fit: it opens an HTTP
@@ -17,6 +17,7 @@ from dask.system import CPU_COUNT
 from distributed import Client, Nanny, Scheduler, Security, SpecCluster, Worker
 
 from wsi_idc.errors import UsageError
+from wsi_idc.settings import PlaceSettings
 from wsi_idc.work.jobs import Capacity, Place
 
 _SETTINGS = {
@@ -41,8 +42,31 @@ class QuietWorker(Worker):  # type: ignore[misc]
         """Serve nothing."""
 
 
+def place(settings: PlaceSettings, *, overlap: int = 1) -> Any:
+    """The place that a user asked for: a context manager that yields a `Place`.
+
+    Args:
+        settings: where, with how many workers.
+        overlap: see `local`.
+
+    Raises:
+        UsageError: there are fewer GPUs than asked for.
+    """
+    if settings.elsewhere:
+        from wsi_idc.work import cluster
+
+        return cluster.at(
+            settings.scheduler,
+            settings.scheduler_file,
+            wait=settings.wait,
+            gpus=settings.gpus,
+            threads=settings.threads,
+        )
+    return local(workers=settings.workers, gpus=settings.gpus, threads=settings.threads, overlap=overlap)
+
+
 def local(*, workers: int = 0, gpus: int = 0, threads: int = 0, overlap: int = 1) -> Any:
-    """The place that a user asked for on this machine: a context manager that yields a `Place`.
+    """A place on this machine: a context manager that yields a `Place`.
 
     Args:
         workers: worker processes; 0 runs everything in this process.

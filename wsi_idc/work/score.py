@@ -14,13 +14,22 @@ from numpy.typing import NDArray
 
 from wsi_idc import USE, __version__
 from wsi_idc.digests import fingerprint
-from wsi_idc.errors import AccessError, ChangedError, SlideError, StoreDamageError, StoreError
-from wsi_idc.model.bundle import Bundle, Form, read_bundle
+from wsi_idc.errors import (
+    AccessError,
+    ChangedError,
+    ModelError,
+    SlideError,
+    StoreDamageError,
+    StoreError,
+    WsiIdcError,
+)
+from wsi_idc.model.bundle import SHIPPED, Bundle, Form, read_bundle
 from wsi_idc.slides import Slide, open_slide
 from wsi_idc.sources import source_of
-from wsi_idc.staging import Stage, Wanted, at_hand, drop
-from wsi_idc.store import Node, Store, StoredSlide, writable_store
+from wsi_idc.staging import Stage, Wanted, at_hand, drop, unusable
+from wsi_idc.store import Node, Store, StoredSlide, Ticket, admit
 from wsi_idc.store.slide import tiles_per_shard
+from wsi_idc.work.cut import unseen_store
 from wsi_idc.work.jobs import Block, Outcome, Prepared, Work
 
 if TYPE_CHECKING:
@@ -47,8 +56,8 @@ class ScoreJob:
 
     Attributes:
         slide_id: the slide.
-        store: the store's address.
-        folder: the bundle's.
+        ticket: to write into the store with.
+        folder: the bundle's; None: the one that ships, wherever it lies there.
         fields: the bundle's contents when the run was planned.
         form: in which the model runs.
         need: what the map is made from besides the tiles, by name (`LoadedBundle.made_from`).
@@ -58,8 +67,8 @@ class ScoreJob:
     """
 
     slide_id: str
-    store: str
-    folder: Path
+    ticket: Ticket
+    folder: Path | None
     fields: Bundle
     form: Form
     need: dict[str, Any]
@@ -77,8 +86,12 @@ class ScoreJob:
         return (self.slide_id,)
 
     @property
+    def _folder(self) -> Path:
+        return self.folder or SHIPPED
+
+    @property
     def _store(self) -> Store:
-        return writable_store(self.store)
+        return admit(self.ticket)
 
     @property
     def _node(self) -> Node:
@@ -119,7 +132,7 @@ class ScoreJob:
 
     def run(self, block: Block, info: dict[str, Any], work: Work) -> NDArray[np.float32]:
         """Score a block; reading the next batch and scoring this one overlap. float32 (n,) or (n, class)."""
-        runtime = loaded(self.folder, self.form, work.capacity.threads)
+        runtime = loaded(self._folder, self.form, work.capacity.threads)
         scored = []
         with (
             self._watched() as slide,
@@ -143,7 +156,7 @@ class ScoreJob:
             if not slide.has_pixels:
                 drop(self.stage, _wanted(slide))
         if not results:
-            results = [np.zeros((0, *loaded(self.folder, self.form, work.capacity.threads).per_tile), np.float32)]
+            results = [np.zeros((0, *loaded(self._folder, self.form, work.capacity.threads).per_tile), np.float32)]
         probability = np.concatenate(results)
         if not np.isfinite(probability).all():
             raise SlideError(self.slide_id, f"{fields.name} gave probabilities that are not numbers")
@@ -154,7 +167,7 @@ class ScoreJob:
             arrays = {"alone": probability, "probability": in_context(probability, cells, slide.spec, fields.context)}
         image = _image(slide, cells, arrays["probability"])
         node = self._node
-        node.begin()
+        attempt = node.begin()
         checksums = {name: node.put(name, values, ("tile", "class")[: values.ndim]) for name, values in arrays.items()}
         checksums["0"] = node.put("0", image, ("c", "y", "x")[-image.ndim :])
         complete = {
@@ -180,15 +193,34 @@ class ScoreJob:
             "patient_id": slide.patient_id,
             "use": USE,
         }
-        node.commit({"ome": ngff_image(slide, fields, image.ndim), **about, "complete": complete})
+        node.commit({"ome": ngff_image(slide, fields, image.ndim), **about, "complete": complete}, attempt)
         return Outcome("done", tiles=prepared.tiles)
 
     def drop(self) -> None:
         """Delete what was copied for it on this host."""
-        with suppress(StoreDamageError, StoreError):
+        with suppress(OSError, WsiIdcError):
             slide = self._store.slide(self.slide_id)
             if not slide.has_pixels:
                 drop(self.stage, _wanted(slide))
+
+    def hindrances(self) -> list[str]:
+        """See `Job.hindrances`."""
+        found = [*unseen_store(self.ticket), *unusable(self.stage)]
+        try:
+            if self.form.digest not in read_bundle(self._folder).digests():
+                found.append(f"{self._folder}: it is another model there; give workers the same one")
+        except ModelError as error:
+            found.append(f"{error.subject}: {error.problem}; give workers the model, at the same path")
+        if not found:
+            try:
+                slide = self._store.slide(self.slide_id)
+                if not slide.has_pixels:
+                    _check_source(slide)
+            except StoreDamageError:
+                pass  # Its job says so, and fails alone.
+            except (StoreError, SlideError) as error:
+                found.append(f"{error.subject}: {error.problem}; give workers the same slides, by the same paths")
+        return found
 
     def fail(self, reason: str) -> None:
         """See `Job.fail`."""
