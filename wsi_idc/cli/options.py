@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from wsi_idc.work.jobs import Summary
 
 StoreOption = Annotated[
-    str, typer.Option("--store", envvar="WSI_IDC_STORE", help="The tile store, a folder.", metavar="STORE")
+    str,
+    typer.Option(
+        "--store", envvar="WSI_IDC_STORE", help="The tile store: a folder, or s3://BUCKET/PREFIX.", metavar="STORE"
+    ),
 ]
 OnlyOption = Annotated[
     list[str] | None, typer.Option("--only", metavar="ID", help="Limit to this slide; may be repeated.")

@@ -177,8 +177,9 @@ class ObjectBacking:
 class ZarrObjects(ObjectStore["Objects"]):
     """The same objects for zarr-python, with the errors of a backing.
 
-    It remembers which groups zarr found above an array, and the ends of shards, which are their indexes: zarr would ask
-    for either again and again. A shard that is replaced meanwhile is then read wrongly, which its checksum finds.
+    It remembers the groups that zarr has seen, since zarr looks at every one above each array that it makes, and the
+    ends of shards, which are their indexes: zarr would ask for one before each of its chunks. So one of these is for
+    one piece of work. A shard that is replaced meanwhile is read wrongly, which its checksum finds.
 
     Args:
         store: the objects.
@@ -189,8 +190,12 @@ class ZarrObjects(ObjectStore["Objects"]):
     def __init__(self, store: "Objects", *, url: str, read_only: bool = False) -> None:
         super().__init__(store, read_only=read_only)
         self._url = url
-        self._there: set[str] = set()
+        self._groups: dict[str, bytes] = {}
         self._ends: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+
+    def __str__(self) -> str:
+        # obstore's own words for an Azure store panic where the account comes from the environment.
+        return self._url
 
     def with_read_only(self, read_only: bool = False) -> "ZarrObjects":
         """See zarr."""
@@ -203,6 +208,8 @@ class ZarrObjects(ObjectStore["Objects"]):
         suffix = byte_range.suffix if isinstance(byte_range, SuffixByteRequest) else None
         if suffix is not None and (end := self._ends.get((key, suffix))) is not None:
             return prototype.buffer.from_bytes(end)
+        if byte_range is None and (group := self._groups.get(key)) is not None:
+            return prototype.buffer.from_bytes(group)
         options: Any = {} if byte_range is None else {"range": _range(byte_range)}
         with _asking(self._url):
             try:
@@ -218,6 +225,10 @@ class ZarrObjects(ObjectStore["Objects"]):
             while len(self._ends) > _ENDS:
                 with suppress(KeyError):
                     self._ends.popitem(last=False)
+        elif (
+            byte_range is None and key.endswith("zarr.json") and b'"node_type": "group"' in (document := bytes(content))
+        ):
+            self._groups[key] = document
         return prototype.buffer.from_bytes(content)  # type: ignore[arg-type]
 
     async def exists(self, key: str) -> bool:
@@ -228,6 +239,7 @@ class ZarrObjects(ObjectStore["Objects"]):
     async def set(self, key: str, value: "Buffer") -> None:
         """See zarr: in one request, as `ObjectBacking.write`."""
         self._check_writable()
+        self._groups.pop(key, None)
         content = value.as_buffer_like()
         whole = len(content) <= _ONE_PUT_BYTES
         with _asking(self._url):
@@ -235,14 +247,13 @@ class ZarrObjects(ObjectStore["Objects"]):
 
     async def set_if_not_exists(self, key: str, value: "Buffer") -> None:
         """See zarr, which does so for every group above an array that it makes."""
-        if key not in self._there:
+        if key not in self._groups:
             with _asking(self._url):
                 await super().set_if_not_exists(key, value)
-            self._there.add(key)
 
     async def delete(self, key: str) -> None:
         """See zarr."""
-        self._there.discard(key)
+        self._groups.pop(key, None)
         with _asking(self._url):
             await super().delete(key)
 
