@@ -23,7 +23,7 @@ from wsi_idc.model.bundle import read_bundle
 from wsi_idc.objects import objects_at
 from wsi_idc.settings import ExtractSettings, InferSettings, StageSettings
 from wsi_idc.sources import Part, Url
-from wsi_idc.staging import GB, Stage, at_hand, stage_of
+from wsi_idc.staging import GB, Stage, at_hand, stage_of, unusable
 from wsi_idc.store import open_store
 
 
@@ -263,6 +263,18 @@ def test_an_object_that_is_replaced_while_it_is_copied_is_noticed(tmp_path, stag
     assert gets and entries(stage) == []
 
 
+def test_a_copy_of_an_object_costs_a_look_before_and_after_and_a_request_for_each_piece(
+    tmp_path, stage, bucket, objects
+):
+    path, content = source(tmp_path / "a.svs", 2 * staging._PIECE + 1)
+    url = bucket(path)
+    before = len(objects.requests())
+    with Stage(stage.folder, GB).hold([(url, content)]) as copies:
+        assert copies[url].read_bytes() == path.read_bytes()
+    asked = [method for method, _ in objects.requests()[before:]]
+    assert sorted(asked) == ["GET"] * 3 + ["HEAD"] * 2
+
+
 def test_a_copy_that_lost_its_content_is_made_again(tmp_path, stage):
     slide = source(tmp_path / "a.svs")
     with stage.hold([slide]) as copies:
@@ -309,6 +321,14 @@ def test_a_stage_that_is_no_folder_is_refused(tmp_path, text, said):
     source(tmp_path / "a.svs")
     with pytest.raises(UsageError, match=said):
         stage_of(StageSettings(stage=text.format(tmp_path)), here=True)
+
+
+def test_a_worker_says_why_it_cannot_use_the_stage(tmp_path):
+    source(tmp_path / "a.svs")
+    elsewhere = stage_of(StageSettings(stage=f"{tmp_path}/a.svs/x"), here=False)
+    (line,) = unusable(elsewhere)
+    assert line.startswith(f"--stage {tmp_path}/a.svs/x: cannot be used")
+    assert unusable(None) == unusable(Stage(tmp_path / "new", 1)) == []
 
 
 def test_without_a_stage_a_url_is_refused(tmp_path):
@@ -401,7 +421,7 @@ def test_slides_annotations_and_masks_may_lie_in_a_bucket_and_moving_them_there_
     expected = contents(store)
     for name in ("a.tif", "b.tif", "a.geojson", "mask.png"):
         (folder / name).unlink()
-    summary, store = run(slides, recorder, "other.zarr", stage=str(stage.folder))
+    summary, store = run(slides, recorder, "other.zarr", stage=str(stage.folder), workers=1)
     assert summary.done == 2
     assert contents(store) == expected
     assert entries(stage) == []
