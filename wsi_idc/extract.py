@@ -140,10 +140,10 @@ def extract(
     from wsi_idc.work import places
 
     check_stage(rows, settings)
-    # A slide's own decoding is spread over threads; a second slide under way fills the gaps of opening and masking, and
-    # of copying.
-    place = places.place(settings, overlap=2)
     cut, stage = settings.cut(), stage_of(settings, here=not settings.elsewhere)
+    # A slide's own decoding is spread over threads; another under way fills the gaps of opening and masking. With a
+    # stage it is copied meanwhile, in every process.
+    place = places.place(settings, overlap=1 if settings.workers and stage is None else 2)
     with hold_store(store, create=True) as held:
         planned = plan_slides(rows, held, cut, force=force, strict=strict)
         refresh([slide.row for slide in planned if slide.plan.action == "skip"], held)
