@@ -283,7 +283,8 @@ class Stage:
         """Copy sources into an entry that was just begun."""
         try:
             _copy(entry.folder / "part", sources, found)
-            (entry.folder / "part").rename(entry.slide)
+            with self.alone():  # Others count what is still to be copied.
+                (entry.folder / "part").rename(entry.slide)
         except BaseException:
             self._leave(entry, use, unwanted=True)
             raise
