@@ -4,7 +4,16 @@ import pytest
 
 from wsi_idc import settings
 from wsi_idc.errors import UsageError
-from wsi_idc.settings import CutSettings, ExtractSettings, InferSettings, Settings, TileSpec, build
+from wsi_idc.settings import (
+    CutSettings,
+    ExtractSettings,
+    InferSettings,
+    PlaceSettings,
+    Settings,
+    StageSettings,
+    TileSpec,
+    build,
+)
 
 
 def kinds(cls):
@@ -23,7 +32,7 @@ def test_no_settings_class_is_left_out_of_that_test():
     found = {value for value in vars(settings).values() if isinstance(value, type) and issubclass(value, Settings)} - {
         Settings
     }
-    assert found == {TileSpec, CutSettings, ExtractSettings, InferSettings}
+    assert found == {TileSpec, CutSettings, PlaceSettings, StageSettings, ExtractSettings, InferSettings}
 
 
 def test_runtime_settings_leave_the_hash_alone_and_content_changes_it():
@@ -55,6 +64,7 @@ def test_the_spec_reads_as_a_person_would_say_it():
         (ExtractSettings, {"tissue": "magic"}, "--tissue"),
         (InferSettings, {"batch_size": 0}, "--batch-size"),
         (InferSettings, {"gpus": -1}, "--gpus"),
+        (InferSettings, {"stage_gb": 0.0}, "--stage-gb"),
     ],
 )
 def test_a_value_out_of_range_is_one_line_with_the_option_as_typed(kind, values, option):

@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_idc.sources import check_source
+from wsi_idc.sources import Part, Source, read_all, roots
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,8 +42,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
-def fingerprint(path: Path) -> str:
-    """Sixteen hex digits of a file's, or a folder's, content.
+def fingerprint(source: Source) -> str:
+    """Sixteen hex digits of a file's, or a folder's, content; the same wherever it lies.
 
     A file over 8 MiB is sampled: its size, and 32 samples of 64 KiB from the first byte to the last, since hashing
     gigabytes would cost as much as reading the slide. A folder is the names and sizes of all regular files in it, and
@@ -52,37 +52,32 @@ def fingerprint(path: Path) -> str:
     Raises:
         OSError: it cannot be read, or is neither a file nor a folder.
     """
-    check_source(path)
     total = hashlib.blake2b(digest_size=8)
-    companion = path.with_suffix("") if path.suffix.lower() == ".mrxs" else None
-    for root in [path, *([companion] if companion and companion.is_dir() else [])]:
-        if not root.is_dir():
+    for root in roots(source):
+        if root.is_folder:
+            for part in root.parts:
+                total.update(f"{part.inner}\0{part.size}\0".encode())
+        else:
             total.update(b".\0")
-            _add_files(total, [root])
-            continue
-        files = sorted(child for child in root.rglob("*") if child.is_file())
-        for file in files:
-            total.update(f"{file.relative_to(root).as_posix()}\0{file.stat().st_size}\0".encode())
-        _add_files(total, files)
+        _add(total, root.parts)
     return total.hexdigest()
 
 
-def _add_files(total: "hashlib.blake2b", files: list[Path]) -> None:
+def _add(total: "hashlib.blake2b", parts: list[Part]) -> None:
     """Add the length of files laid end to end, and their content, or samples of it where they are long."""
-    ends = list(accumulate(file.stat().st_size for file in files))
+    ends = list(accumulate(part.size for part in parts))
     size = ends[-1] if ends else 0
     total.update(f"{size}\0".encode())
-    if size <= _WHOLE:
-        for file in files:
-            total.update(file.read_bytes())
-        return
-    for index in range(_SAMPLES):
-        first = index * (size - _SAMPLE) // (_SAMPLES - 1)
-        last = first + _SAMPLE
-        for number in range(bisect_right(ends, first), len(files)):
-            start = ends[number - 1] if number else 0
-            if start >= last:
-                break
-            with files[number].open("rb") as stream:
-                stream.seek(max(first - start, 0))
-                total.update(stream.read(last - max(first, start)))
+    wanted = [(part, 0, part.size) for part in parts]
+    if size > _WHOLE:
+        wanted = []
+        for index in range(_SAMPLES):
+            first = index * (size - _SAMPLE) // (_SAMPLES - 1)
+            last = first + _SAMPLE
+            for number in range(bisect_right(ends, first), len(parts)):
+                start = ends[number - 1] if number else 0
+                if start >= last:
+                    break
+                wanted.append((parts[number], max(first - start, 0), min(last - start, parts[number].size)))
+    for data in read_all(wanted):
+        total.update(data)

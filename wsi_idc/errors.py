@@ -12,6 +12,7 @@
     |   |-- DamageError         1   the file is cut short or broken
     |   |   `-- RegionError     1   a region of it cannot be decoded
     |   |-- AccessError         1   the system does not give the file: rights, a stale handle, a disk's error
+    |   |-- ChangedError        1   the file is not, or no longer, the one that the run was planned for
     |   |-- StoreDamageError    1   what the store holds of a slide is not what was written
     |   `-- AnnotationError     1   the slide's annotation cannot be used
     |-- StoreWriteError         1   the store's disk is full or takes no writes: the run ends, what was complete is kept
@@ -39,7 +40,9 @@ _ADVICE = {
 
 
 def system_advice(error: OSError) -> str:
-    """What to do about a file operation that failed."""
+    """What to do about a file operation that failed; "" where the error says that itself."""
+    if isinstance(error, ObjectsError):
+        return ""
     return _ADVICE.get(error.errno or 0, "check the file")
 
 
@@ -155,6 +158,10 @@ class AccessError(SlideError):
         """What the system says of a path, and what to do about it."""
         reason = error.strerror or str(error) or type(error).__name__
         return cls(path, reason[:1].lower() + reason[1:], system_advice(error))
+
+
+class ChangedError(SlideError):
+    """A slide that is not, or no longer, the one that the run was planned for."""
 
 
 class StoreDamageError(SlideError):

@@ -1,14 +1,16 @@
 """Stage 1: from slides to tiles in the store."""
 
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wsi_idc.errors import SlideError
+from wsi_idc.errors import ObjectsError, SlideError, UsageError
 from wsi_idc.manifest import Row
 from wsi_idc.plan import Plan, plan
 from wsi_idc.settings import CutSettings, ExtractSettings
+from wsi_idc.staging import stage_of
 from wsi_idc.store import Store, hold_store
 from wsi_idc.work.cut import CutJob, describe, made_from
 from wsi_idc.work.jobs import Listener, Summary, carry_out
@@ -16,31 +18,88 @@ from wsi_idc.work.jobs import Listener, Summary, carry_out
 
 @dataclass(frozen=True)
 class PlannedSlide:
-    """A slide of the manifest, what to do with it, and what its tiles would be made from (None: unreadable)."""
+    """A slide of the manifest, and what to do with it.
+
+    Attributes:
+        row: its line of the manifest.
+        plan: what to do.
+        made_from: what its tiles would be made from; None where its source cannot be read.
+        trouble: why it cannot.
+    """
 
     row: Row
     plan: Plan
     made_from: dict[str, Any] | None
+    trouble: SlideError | None = None
 
 
 def plan_slide(row: Row, store: Store | None, settings: CutSettings, *, force: bool) -> PlannedSlide:
     """What to do with one slide of the manifest."""
     try:
         need = made_from(row, settings)
-    except SlideError:
-        return PlannedSlide(row, Plan("run", "its source cannot be read"), None)
+    except SlideError as error:
+        return _unreadable(row, error)
     if store is None:
         return PlannedSlide(row, plan(need, None), need)
     record = store.slide_node(row.slide_id).record()
     return PlannedSlide(row, plan(need, record.made_from, record.trouble, force=force), need)
 
 
-def plan_slides(rows: Sequence[Row], store: Store | None, settings: CutSettings, *, force: bool) -> list[PlannedSlide]:
-    """What to do with every slide, in the manifest's order; sources are looked at eight at a time."""
+def _unreadable(row: Row, error: SlideError) -> PlannedSlide:
+    return PlannedSlide(row, Plan("run", "its source cannot be read"), None, error)
+
+
+def plan_slides(
+    rows: Sequence[Row], store: Store | None, settings: CutSettings, *, force: bool, strict: bool = False
+) -> list[PlannedSlide]:
+    """What to do with every slide, in the manifest's order; sources are looked at eight at a time.
+
+    Raises:
+        UsageError: slides lie in object stores, and none of the manifest can be had; or `strict` is said, and one
+            cannot. What lies on a disk was looked for when the manifest was read.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
+    dead: dict[str, SlideError] = {}
+
+    def plan_one(row: Row) -> PlannedSlide:
+        if error := next((dead[url.bucket] for url in row.urls if url.bucket in dead), None):
+            return _unreadable(row, SlideError(row.path, error.problem, error.advice))
+        planned = plan_slide(row, store, settings, force=force)
+        cause = planned.trouble and planned.trouble.__cause__
+        if isinstance(cause, ObjectsError) and cause.errno in _DEAD:
+            dead.update((url.bucket, planned.trouble) for url in row.urls if planned.trouble)
+        return planned
+
     with ThreadPoolExecutor(8) as executor:
-        return list(executor.map(lambda row: plan_slide(row, store, settings, force=force), rows))
+        planned = list(executor.map(plan_one, rows))
+    _check_had(planned, strict=strict)
+    return planned
+
+
+_DEAD = (errno.ENODEV, errno.ETIMEDOUT)
+"""No such bucket, no answer: nothing else in it is asked for, as each question may take a minute."""
+
+
+def _check_had(planned: Sequence[PlannedSlide], *, strict: bool) -> None:
+    """Refuse a manifest of URLs as one of paths is: where nothing is there, or where `strict` is said."""
+    lost = [(slide.row.urls[0], slide.trouble) for slide in planned if slide.trouble and slide.row.urls]
+    if not lost or not (strict or all(slide.trouble for slide in planned)):
+        return
+    url, trouble = lost[0]
+    others = f" (and {len(lost) - 1:,} more slides cannot be had)" if len(lost) > 1 else ""
+    raise UsageError(url, f"{trouble.problem}{others}", trouble.advice)
+
+
+def check_stage(rows: Sequence[Row], settings: ExtractSettings) -> None:
+    """Refuse slides that cannot be read where they lie.
+
+    Raises:
+        UsageError: they lie in object stores, and there is no stage to copy them to.
+    """
+    url = next((url for row in rows for url in row.urls), None)
+    if url is not None and not settings.stage:
+        raise UsageError(url, "lies in an object store", "give --stage DIR, a local folder that slides are copied to")
 
 
 def refresh(rows: Sequence[Row], store: Store) -> None:
@@ -58,6 +117,7 @@ def extract(
     settings: ExtractSettings,
     *,
     force: bool = False,
+    strict: bool = False,
     listener: Callable[[Sequence[str]], Listener],
 ) -> Summary:
     """Bring the tiles of every slide up to the manifest and the settings.
@@ -67,6 +127,7 @@ def extract(
         store: the store's address; made if there is none.
         settings: what and how.
         force: do again what is up to date.
+        strict: do nothing if a slide cannot be had.
         listener: is given the slides that will be run, and gives back what is told of their progress.
 
     Raises:
@@ -74,17 +135,24 @@ def extract(
         StoreBusyError: another run holds it.
         StoreWriteError: its disk is full.
         ClusterError: the cluster where it runs is lost.
+        UsageError: slides lie in object stores, and there is no stage, or none of them can be had.
     """
     from wsi_idc.work import places
 
-    # A slide's own decoding is spread over threads; a second slide under way fills the gaps of opening and masking.
-    place = places.place(settings, overlap=2)
-    cut = settings.cut()
+    check_stage(rows, settings)
+    cut, stage = settings.cut(), stage_of(settings, here=not settings.elsewhere)
+    # A slide's own decoding is spread over threads; another under way fills the gaps of opening and masking. With a
+    # stage it is copied meanwhile, in every process.
+    place = places.place(settings, overlap=1 if settings.workers and stage is None else 2)
     with hold_store(store, create=True) as held:
-        planned = plan_slides(rows, held, cut, force=force)
+        planned = plan_slides(rows, held, cut, force=force, strict=strict)
         refresh([slide.row for slide in planned if slide.plan.action == "skip"], held)
         todo = [slide for slide in planned if slide.plan.action != "skip"]
-        jobs = [CutJob(slide.row, held.ticket, cut, slide.made_from) for slide in todo]
+        jobs = [CutJob(slide.row, held.ticket, cut, slide.made_from, stage) for slide in todo]
         plans = {slide.row.slide_id: slide.plan for slide in planned}
-        summary = carry_out(place, plans, jobs, listener([job.job_id for job in jobs]))
+        try:
+            summary = carry_out(place, plans, jobs, listener([job.job_id for job in jobs]))
+        finally:
+            for job in jobs if stage is not None else []:
+                job.drop()
         return replace(summary, notes=(*held.notes, *summary.notes))

@@ -1,13 +1,16 @@
 """Stage 2: from tiles to one probability map a slide."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wsi_idc.errors import ModelError, StoreDamageError
+from wsi_idc.errors import ModelError, StoreDamageError, UsageError
 from wsi_idc.model.bundle import SHIPPED, Form, LoadedBundle
+from wsi_idc.objects import is_url
 from wsi_idc.plan import Plan
 from wsi_idc.settings import InferSettings
+from wsi_idc.staging import stage_of
 from wsi_idc.store import Store, hold_store
 from wsi_idc.work.jobs import Listener, Outcome, Summary, carry_out
 from wsi_idc.work.score import ScoreJob, loaded
@@ -73,6 +76,16 @@ def _check_name(store: Store, bundle: LoadedBundle, *, force: bool) -> None:
         )
 
 
+def _check_near(store: Store, names: Sequence[str]) -> None:
+    """Refuse slides that would have to be read, and cannot be where they lie."""
+    for name in names:
+        with suppress(StoreDamageError):
+            slide = store.slide(name)
+            if not slide.has_pixels and is_url(slide.path):
+                advice = "give --stage DIR, a local folder that slides are copied to"
+                raise UsageError(slide.path, "lies in an object store, and the store has no pixels of it", advice)
+
+
 def infer(
     store: str | Path,
     bundle: LoadedBundle,
@@ -98,10 +111,13 @@ def infer(
         StoreBusyError: another run holds it.
         StoreWriteError: its disk is full.
         ClusterError: the cluster where it runs is lost.
+        UsageError: a slide lies in an object store, its pixels are not in the store, and there is no stage.
     """
     from wsi_idc.work import places
 
-    place = places.place(settings)
+    stage = stage_of(settings, here=not settings.elsewhere)
+    # With a stage, a second slide is copied while the first one is scored.
+    place = places.place(settings, overlap=1 if stage is None else 2)
     form = bundle.form(settings.precision, cuda=settings.gpus > 0)
     if not settings.gpus and not settings.elsewhere:
         # With the threads that a task will have: in this process it is then loaded already when the first one runs.
@@ -110,11 +126,13 @@ def infer(
         planned = plan_maps(held, bundle, form, only=only, force=force)
         name, need = bundle.fields.name, bundle.made_from(form)
         todo = [slide for slide, plan in planned.plans.items() if plan.action != "skip"]
+        if stage is None:
+            _check_near(held, todo)
         if todo:
             held.put_model(name, {"model": name, "files": sorted(bundle.digests())})
         folder = None if bundle.folder == SHIPPED else bundle.folder.absolute()
         jobs = [
-            ScoreJob(slide, held.ticket, folder, bundle.fields, form, need, settings.batch_size)
+            ScoreJob(slide, held.ticket, folder, bundle.fields, form, need, settings.batch_size, stage)
             for slide in todo
             if slide not in planned.refused
         ]
@@ -123,7 +141,11 @@ def infer(
         for slide, reason in planned.refused.items():
             refused[slide] = Outcome("failed", reason=reason)
             told.ended(slide, refused[slide])
-        summary = carry_out(place, planned.plans, jobs, told)
+        try:
+            summary = carry_out(place, planned.plans, jobs, told)
+        finally:
+            for job in jobs if stage is not None else []:
+                job.drop()
         count = len(planned.left_out)
         note = f"{count} slide{'s' if count != 1 else ''} without complete tiles left out: see wsi-idc status"
         notes = (*((note,) if count else ()), *summary.notes)

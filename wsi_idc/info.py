@@ -1,19 +1,28 @@
 """What `wsi-idc info` says of one slide."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from wsi_idc.digests import fingerprint
 from wsi_idc.errors import UsageError
 from wsi_idc.grid import Grid
 from wsi_idc.reader import check_fit
 from wsi_idc.settings import ExtractSettings
 from wsi_idc.slides import open_slide
+from wsi_idc.sources import Source
+from wsi_idc.staging import Stage, access_to
 from wsi_idc.units import Mpp
 from wsi_idc.work.cut import find_tissue
 
 
-def describe_slide(path: Path, mpp: Mpp | None, settings: ExtractSettings, preview: Path | None) -> dict[str, Any]:
+def describe_slide(source: Source, mpp: Mpp | None, settings: ExtractSettings, preview: Path | None) -> dict[str, Any]:
     """The facts of a slide as plain values; draws the preview where one is asked for.
+
+    What lies in an object store is copied to the system's folder for temporary files for as long as this takes.
 
     Returns:
         path, format, reader; size in level-0 pixels (width, height); mpp in um/px (x, y) and mpp_source; origin, the
@@ -23,15 +32,15 @@ def describe_slide(path: Path, mpp: Mpp | None, settings: ExtractSettings, previ
 
     Raises:
         SlideError: it cannot be opened or read, or cannot give such tiles: what extract would say.
-        UsageError: the preview cannot be written.
+        UsageError: the preview cannot be written; or there can be no such URL.
     """
-    with open_slide(path, mpp, settings.reader) as slide:
+    with _near(source) as path, open_slide(path, mpp, settings.reader) as slide:
         grid = Grid(settings.tile, slide.size, slide.mpp)
         warnings = [*slide.warnings, *check_fit(slide, grid)]
         thumbnail, mask, cells, _ = find_tissue(slide, settings, None, grid)
         about = slide.description
         fields: dict[str, Any] = {
-            "path": str(path),
+            "path": str(source),
             "format": about.format,
             "reader": about.reader,
             "size": list(slide.size),
@@ -61,6 +70,21 @@ def describe_slide(path: Path, mpp: Mpp | None, settings: ExtractSettings, previ
             raise UsageError(preview, f"cannot be written ({error})", advice) from error
         fields["preview"] = str(preview)
     return fields
+
+
+@contextmanager
+def _near(source: Source) -> Iterator[Path]:
+    """Where a slide can be read."""
+    if isinstance(source, Path):
+        yield source
+        return
+    if wrong := source.fault():
+        raise UsageError(source, *wrong)
+    with TemporaryDirectory(prefix="wsi-idc-") as folder:
+        with access_to(source):
+            content = fingerprint(source)
+        with Stage(Path(folder), sys.maxsize).hold([(source, content)]) as copies:
+            yield copies[source]
 
 
 def info_lines(fields: dict[str, Any]) -> list[str]:

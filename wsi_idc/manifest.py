@@ -15,6 +15,8 @@ from pathlib import Path
 
 from wsi_idc.errors import ManifestError
 from wsi_idc.names import check_slide_id, same_name
+from wsi_idc.objects import is_url
+from wsi_idc.sources import Source, Url
 from wsi_idc.units import MPP_RANGE, Mpp
 
 SPLITS = ("train", "val", "test")
@@ -41,30 +43,35 @@ class Row:
 
     Args:
         slide_id: names the slide's folder in the store; unique, whatever the case.
-        path: absolute; a file, or a folder for DICOM, OME-NGFF and IDC patches.
+        path: absolute; a file, or a folder for DICOM, OME-NGFF and IDC patches; or the URL of one.
         patient_id: all slides of a patient share one split.
         mpp: level-0 um/px that overrides the slide's own; None: the slide's own.
-        annotation: absolute; which part of the slide is IDC; None: unknown.
-        mask: absolute; which part of the slide is tissue; None: to be found.
+        annotation: absolute, or a URL; which part of the slide is IDC; None: unknown.
+        mask: absolute, or a URL; which part of the slide is tissue; None: to be found.
         split: "train", "val", "test", or "" for none.
         label: as it stands.
         metadata: the other columns.
         line: where the row starts in the manifest, from 1; 0: in no file.
-        missing: why the slide, its annotation or its mask cannot be had; "": all are there. Such a slide fails alone:
-            without its annotation or mask it would be another slide.
+        missing: why the slide, its annotation or its mask cannot be had; "": all are there, or lie in an object store,
+            which is not asked here. Such a slide fails alone: without its annotation or mask it would be another slide.
     """
 
     slide_id: str
-    path: Path
+    path: Source
     patient_id: str
     mpp: Mpp | None = None
-    annotation: Path | None = None
-    mask: Path | None = None
+    annotation: Source | None = None
+    mask: Source | None = None
     split: str = ""
     label: str = ""
     metadata: dict[str, str] = field(default_factory=dict, hash=False)
     line: int = 0
     missing: str = ""
+
+    @property
+    def urls(self) -> list[Url]:
+        """What of it lies in an object store."""
+        return [place for place in (self.path, self.annotation, self.mask) if isinstance(place, Url)]
 
 
 @dataclass(frozen=True)
@@ -272,19 +279,24 @@ def _read_row(
         lost.append(problem if column == "path" else f"{column} {values[column]!r}: {problem}")
 
     written = values.get("path", "")
-    path = _absolute(base, written)
+    path = _source(base, written)
     absent = _missing(path)
     if "path" in values:
         if not written:
             report("path", "is empty", "write the slide's file or folder")
             lost.append("is empty")
+        elif isinstance(path, Url) and (wrong := path.fault()):
+            report("path", *wrong)
         elif absent:
             report_missing("path", absent, "correct the path or remove the line")
-    companions: dict[str, Path | None] = {"annotation": None, "mask": None}
+    companions: dict[str, Source | None] = {"annotation": None, "mask": None}
     for column in companions:
         if values.get(column):
-            companions[column] = file = _absolute(base, values[column])
-            if problem := _missing(file) or ("is a folder" if file.is_dir() else ""):
+            companions[column] = file = _source(base, values[column])
+            if isinstance(file, Url):
+                if wrong := file.fault():
+                    report(column, *wrong)
+            elif problem := _missing(file) or ("is a folder" if file.is_dir() else ""):
                 report_missing(column, problem, "correct the path or leave the field empty")
 
     slide_id = values.get("slide_id") or _default_id(path, absent=bool(absent))
@@ -310,12 +322,13 @@ def _read_row(
     )
 
 
-def _default_id(path: Path, *, absent: bool) -> str:
+def _default_id(source: Source, *, absent: bool) -> str:
     """A file's name without its suffix, a folder's name.
 
-    Of what is not there only the name can tell which it is: a suffix with a letter in it is a file's, but for `.zarr`;
-    the numbers of a DICOM identifier are a folder's.
+    Of what is not there, or in an object store, only the name can tell which it is: a suffix with a letter in it is a
+    file's, but for `.zarr`; the numbers of a DICOM identifier are a folder's.
     """
+    path, absent = (Path(source.name), True) if isinstance(source, Url) else (source, absent)
     is_file = any(map(str.isalpha, path.suffix)) and path.suffix != ".zarr" if absent else not path.is_dir()
     return path.stem if is_file else path.name
 
@@ -337,6 +350,10 @@ def _read_mpp(text: str, report: Callable[[str, str, str], None]) -> Mpp | None:
     return mpp
 
 
+def _source(base: Path, text: str) -> Source:
+    return Url(text) if is_url(text) else _absolute(base, text)
+
+
 def _absolute(base: Path, text: str) -> Path:
     """A path as the system itself would follow it: links before `..`, and no link followed without need."""
     path = base / text
@@ -348,13 +365,14 @@ def _absolute(base: Path, text: str) -> Path:
         return path
 
 
-def _missing(path: Path) -> str:
-    """Why a path cannot be used, or ""."""
+def _missing(path: Source) -> str:
+    """Why a path cannot be used, or "". An object store is not asked: that would be a request for every line."""
+    if isinstance(path, Url):
+        return ""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        url = ", and a URL cannot be read" if ":/" in str(path) else ""
-        return f"no such file or folder (looked for {path}{url})"
+        return f"no such file or folder (looked for {path})"
     except (OSError, ValueError) as error:
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
     return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "is not a file or folder"

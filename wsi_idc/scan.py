@@ -25,6 +25,7 @@ from wsi_idc.manifest import (
     split_advice,
 )
 from wsi_idc.names import MAX_ID_BYTES, check_slide_id, same_name
+from wsi_idc.sources import Source, named_in
 from wsi_idc.units import MPP_RANGE, Mpp
 
 Kind = Literal["slide", "folder-slide", "patches"]
@@ -155,7 +156,7 @@ def fill_mpp(rows: Sequence[Row], mpp: Mpp, lacks_mpp: Callable[[Path], bool]) -
     filled, lines = [], []
     for row in rows:
         try:
-            lacks = lacks_mpp(row.path)
+            lacks = isinstance(row.path, Path) and lacks_mpp(row.path)
         except (SlideError, OSError) as error:
             lacks = False
             reason = error.reason if isinstance(error, SlideError) else system_reason(error)
@@ -243,9 +244,9 @@ def _to_csv(rows: Sequence[Row], folder: Path | None) -> str:
 
 
 def _to_record(row: Row, folder: Path | None) -> dict[str, str]:
-    def relative(path: Path | None) -> str:
-        if path is None:
-            return ""
+    def relative(path: Source | None) -> str:
+        if not isinstance(path, Path):
+            return str(path or "")
         if folder is not None and path.is_relative_to(folder) and path != folder:
             text = path.relative_to(folder).as_posix()
             return text if text == text.strip() else path.as_posix()
@@ -331,10 +332,10 @@ def _parts(folder: Path, names: Sequence[str]) -> set[str]:
             parts.add(path.stem)
         elif path.suffix.casefold() in _NAMING_PARTS:
             try:
-                lines = path.read_bytes()[: 2**20].decode("utf-8", "replace").splitlines()
+                text = path.read_bytes()[: 2**20].decode("utf-8", "replace")
             except OSError:
                 continue
-            parts |= {line.partition("=")[2].strip() for line in lines if "=" in line}
+            parts |= set(named_in(text))
     return parts
 
 

@@ -74,6 +74,13 @@ class CutSettings(Settings):
     pixels: Annotated[bool, Field(json_schema_extra=CONTENT)] = True
 
 
+class StageSettings(Settings):
+    """Where slides are copied to before they are read; by default they are read where they lie."""
+
+    stage: Annotated[str, Field(json_schema_extra=RUNTIME)] = ""
+    stage_gb: Annotated[float, Field(gt=0, le=1e6, json_schema_extra=RUNTIME)] = 50.0
+
+
 class PlaceSettings(Settings):
     """Where work runs: in this process, in local ones, or on a cluster; see `work/places.py`."""
 
@@ -90,7 +97,7 @@ class PlaceSettings(Settings):
         return bool(self.scheduler or self.scheduler_file)
 
 
-class ExtractSettings(CutSettings, PlaceSettings):
+class ExtractSettings(CutSettings, PlaceSettings, StageSettings):
     """Everything that `extract` can be told."""
 
     def cut(self) -> CutSettings:
@@ -98,7 +105,7 @@ class ExtractSettings(CutSettings, PlaceSettings):
         return CutSettings(**{name: getattr(self, name) for name in CutSettings.model_fields})
 
 
-class InferSettings(PlaceSettings):
+class InferSettings(PlaceSettings, StageSettings):
     """Everything that `infer` can be told, besides the model."""
 
     precision: Annotated[Precision, Field(json_schema_extra=CONTENT)] = "auto"

@@ -16,6 +16,8 @@ from wsi_idc.cli.options import (
     ReaderOption,
     SchedulerFileOption,
     SchedulerOption,
+    StageGbOption,
+    StageOption,
     StoreOption,
     ThreadsOption,
     TissueOption,
@@ -64,6 +66,8 @@ def extract(
     scheduler: SchedulerOption = None,
     scheduler_file: SchedulerFileOption = None,
     wait: WaitOption = None,
+    stage: StageOption = "",
+    stage_gb: StageGbOption = None,
     only: OnlyOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
@@ -91,19 +95,22 @@ def extract(
         scheduler=scheduler,
         scheduler_file=scheduler_file,
         wait=wait,
+        stage=stage,
+        stage_gb=stage_gb,
     )
     check_place(settings)
     rows = _limit(read_manifest(manifest, strict=strict), only)
-    from wsi_idc import extract as stage
+    from wsi_idc import extract as command
 
     if dry_run:
         from wsi_idc.store import find_store
 
-        planned = stage.plan_slides(rows, find_store(store), settings.cut(), force=force)
+        command.check_stage(rows, settings)
+        planned = command.plan_slides(rows, find_store(store), settings.cut(), force=force, strict=strict)
         console.plans({slide.row.slide_id: slide.plan for slide in planned})
         return
     with console.progress("extract") as listener:
-        summary = stage.extract(rows, store, settings, force=force, listener=listener)
+        summary = command.extract(rows, store, settings, force=force, strict=strict, listener=listener)
     finish(console, "extract", summary)
 
 

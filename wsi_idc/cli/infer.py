@@ -14,6 +14,8 @@ from wsi_idc.cli.options import (
     QuietOption,
     SchedulerFileOption,
     SchedulerOption,
+    StageGbOption,
+    StageOption,
     StoreOption,
     ThreadsOption,
     VerboseOption,
@@ -38,6 +40,8 @@ def infer(
     scheduler: SchedulerOption = None,
     scheduler_file: SchedulerFileOption = None,
     wait: WaitOption = None,
+    stage: StageOption = "",
+    stage_gb: StageGbOption = None,
     gpus: Annotated[int, typer.Option(help="GPUs to use, one process each; 0: the CPU.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Tiles scored together. [default: 64]")] = None,
     precision: Annotated[
@@ -64,9 +68,11 @@ def infer(
         wait=wait,
         gpus=gpus,
         precision=precision,
+        stage=stage,
+        stage_gb=stage_gb,
     )
     check_place(settings)
-    from wsi_idc import infer as stage
+    from wsi_idc import infer as command
     from wsi_idc.model.bundle import SHIPPED, read_bundle
 
     bundle = read_bundle(model or SHIPPED)
@@ -74,8 +80,8 @@ def infer(
         from wsi_idc.store import open_store
 
         form = bundle.form(settings.precision, cuda=settings.gpus > 0)
-        console.plans(stage.plan_maps(open_store(store), bundle, form, only=only or [], force=force).plans)
+        console.plans(command.plan_maps(open_store(store), bundle, form, only=only or [], force=force).plans)
         return
     with console.progress("infer") as listener:
-        summary = stage.infer(store, bundle, settings, only=only or [], force=force, listener=listener)
+        summary = command.infer(store, bundle, settings, only=only or [], force=force, listener=listener)
     finish(console, "infer", summary)

@@ -9,7 +9,7 @@ from wsi_idc.cli.options import JsonOption, MinTissueOption, ReaderOption, Tissu
 
 
 def info(
-    slide: Annotated[Path, typer.Argument(help="A slide: a file, or a DICOM, OME-NGFF or patch folder.")],
+    slide: Annotated[str, typer.Argument(help="A slide: a file; a DICOM, OME-NGFF or patch folder; or a URL.")],
     mpp: Annotated[float | None, typer.Option(help="um/px to use whatever the file says.")] = None,
     reader: ReaderOption = None,
     tissue: TissueOption = None,
@@ -23,10 +23,11 @@ def info(
     console = console_for(json_lines=json_lines)
     from wsi_idc.info import describe_slide, info_lines
     from wsi_idc.settings import ExtractSettings, build
+    from wsi_idc.sources import source_of
     from wsi_idc.units import Mpp
 
     settings = build(ExtractSettings, reader=reader, tissue=tissue, min_tissue=min_tissue)
-    fields = describe_slide(slide, None if mpp is None else Mpp(mpp), settings, preview)
+    fields = describe_slide(source_of(slide), None if mpp is None else Mpp(mpp), settings, preview)
     console.record("info", **fields)
     for line in info_lines(fields):
         console.line(line)

@@ -11,7 +11,7 @@ from wsi_idc.errors import ResolutionError, UsageError
 
 
 def make_manifest(
-    folder: Annotated[Path, typer.Argument(help="A folder of slides, or the IDC data set's folder.")],
+    folder: Annotated[str, typer.Argument(help="A folder of slides, or the IDC data set's folder.")],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The CSV to write; else it is printed.", metavar="FILE")
     ] = None,
@@ -25,11 +25,15 @@ def make_manifest(
     console = console_for(json_lines=False)
     if output is not None and output.exists() and not force:
         raise UsageError(output, "is there already", "add --force to replace it, or name another file")
+    from wsi_idc.objects import is_url
     from wsi_idc.scan import fill_mpp, read_split_file, scan, write_manifest
     from wsi_idc.slides import detect
     from wsi_idc.units import Mpp
 
-    found = scan(folder, detect, read_split_file(split_file) if split_file else None)
+    if is_url(folder):
+        advice = "list its objects with its provider's tool, and write their URLs in a column path"
+        raise UsageError(folder, "is a URL, and a manifest is made of a folder", advice)
+    found = scan(Path(folder), detect, read_split_file(split_file) if split_file else None)
     if not found.rows:
         raise UsageError(folder, "no slide found in it", "see the formats in the README")
     rows, lines = (found.rows, []) if mpp is None else fill_mpp(found.rows, Mpp(mpp), _lacks_mpp)

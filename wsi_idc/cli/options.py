@@ -37,6 +37,19 @@ SchedulerFileOption = Annotated[
 WaitOption = Annotated[
     float | None, typer.Option("--wait", metavar="SECONDS", help="Wait so long for a cluster's workers. [default: 60]")
 ]
+StageOption = Annotated[
+    str,
+    typer.Option(
+        "--stage",
+        envvar="WSI_IDC_STAGE",
+        help="Copy slides to this local folder before they are read; s3://, gs:// and az:// need it.",
+        metavar="DIR",
+    ),
+]
+StageGbOption = Annotated[
+    float | None,
+    typer.Option("--stage-gb", envvar="WSI_IDC_STAGE_GB", help="GB that the stage holds at most. [default: 50]"),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Do again what is up to date.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]

@@ -1,6 +1,6 @@
 """The job of `extract`: a slide into tiles in the store."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from wsi_idc.grid import Grid
 from wsi_idc.manifest import Row
 from wsi_idc.settings import CutSettings
 from wsi_idc.slides import Slide, open_slide
+from wsi_idc.staging import Stage, Wanted, at_hand, drop, unusable
 from wsi_idc.store import Node, Ticket, admit
 from wsi_idc.store.slide import create_tiles, identity, tiles_per_shard, write_shards
 from wsi_idc.work.jobs import Block, Outcome, Prepared, Work
@@ -98,12 +99,14 @@ class CutJob:
         ticket: to write into the store with.
         settings: what the tiles depend on.
         made_from: what they would be made from; None where the source could not be read.
+        stage: where the slide is copied to before it is read; None: it is read where it lies.
     """
 
     row: Row
     ticket: Ticket
     settings: CutSettings
     made_from: dict[str, Any] | None
+    stage: Stage | None = None
 
     @property
     def job_id(self) -> str:
@@ -119,8 +122,13 @@ class CutJob:
     def _node(self) -> Node:
         return admit(self.ticket).slide_node(self.row.slide_id)
 
-    def _open(self) -> Slide:
-        return open_slide(self.row.path, self.row.mpp, self.settings.reader)
+    def _wanted(self, need: Mapping[str, Any]) -> list[Wanted]:
+        """The slide, its annotation and its mask, as they were when the run was planned."""
+        files = {"source": self.row.path, "annotation": self.row.annotation, "mask": self.row.mask}
+        return [(file, need[name]) for name, file in files.items() if file is not None]
+
+    def _open(self, path: Path) -> Slide:
+        return open_slide(path, self.row.mpp, self.settings.reader)
 
     def prepare(self, work: Work) -> Prepared:
         """Find the tissue, and write all that does not need the tiles' pixels."""
@@ -128,13 +136,15 @@ class CutJob:
 
         need = self.made_from or made_from(self.row, self.settings)
         spec = self.settings.tile
-        with self._open() as slide:
+        with at_hand(self.stage, self._wanted(need)) as files, self._open(files[self.row.path]) as slide:
             grid = Grid(spec, slide.size, slide.mpp)
             warnings = [*slide.warnings, *check_fit(slide, grid)]
-            thumbnail, mask, cells, tissue = find_tissue(slide, self.settings, self.row.mask, grid)
+            mask_path = files[self.row.mask] if self.row.mask is not None else None
+            thumbnail, mask, cells, tissue = find_tissue(slide, self.settings, mask_path, grid)
             if not len(cells):
                 warnings.append("no tissue found")
-            idc = self._labels(slide, grid, cells, warnings)
+            annotation = files[self.row.annotation] if self.row.annotation is not None else None
+            idc = self._labels(slide, annotation, grid, cells, warnings)
             about = {
                 "format": slide.description.format,
                 "reader": slide.description.reader,
@@ -167,13 +177,15 @@ class CutJob:
         step = count if work.capacity.workers == 1 else tiles_per_shard(self.settings.tile.size_px) * SHARDS_PER_BLOCK
         return [Block(start, min(start + step, count)) for start in range(0, count, step)] if count else []
 
-    def _labels(self, slide: Slide, grid: Grid, cells: NDArray[np.int32], warnings: list[str]) -> NDArray[np.float32]:
+    def _labels(
+        self, slide: Slide, annotation: Path | None, grid: Grid, cells: NDArray[np.int32], warnings: list[str]
+    ) -> NDArray[np.float32]:
         """The part of each tile that is IDC: float32 (n,), NaN where the slide has no annotation."""
-        if self.row.annotation is not None:
+        if annotation is not None:
             from wsi_idc.annotations import idc_fraction
 
             fractions, told = idc_fraction(
-                self.row.annotation,
+                annotation,
                 self.settings.annotation_class,
                 grid,
                 cells,
@@ -198,22 +210,24 @@ class CutJob:
         blur: list[NDArray[np.float32]] = []
         pen: list[NDArray[np.float32]] = []
 
-        def shards() -> Iterator[NDArray[np.uint8]]:
-            for tiles in read_tiles(self._open, grid, cells, batch=shard, threads=work.capacity.threads):
+        def shards(path: Path) -> Iterator[NDArray[np.uint8]]:
+            for tiles in read_tiles(lambda: self._open(path), grid, cells, batch=shard, threads=work.capacity.threads):
                 sharpness, ink = tile_quality(tiles)
                 blur.append(sharpness)
                 pen.append(ink)
                 yield tiles
 
         checksums = []
-        for count, checksum in write_shards(node, block.start, shards()):
-            checksums.append(checksum)
-            work.report(count)
+        with at_hand(self.stage, self._wanted(info["made_from"])) as files:
+            for count, checksum in write_shards(node, block.start, shards(files[self.row.path])):
+                checksums.append(checksum)
+                work.report(count)
         return {"checksums": checksums, "blur": np.concatenate(blur), "pen": np.concatenate(pen)}
 
     def finish(self, prepared: Prepared, results: list[dict[str, Any]], work: Work) -> Outcome:
         """Put the record in place that makes the slide's tiles exist."""
         info, node, pixels = prepared.info, self._node, self.settings.pixels
+        drop(self.stage, self._wanted(info["made_from"]))
         checksums: dict[str, Any] = dict(info["checksums"])
         unknown = np.full(0 if pixels else prepared.tiles, np.nan, np.float32)
         for name in ("blur", "pen"):
@@ -237,9 +251,14 @@ class CutJob:
         node.commit({**attributes, "warnings": info["warnings"], "complete": complete}, info["attempt"])
         return Outcome("done", tiles=prepared.tiles, warnings=tuple(info["warnings"]))
 
+    def drop(self) -> None:
+        """Delete what was copied for it on this host."""
+        if self.made_from is not None:
+            drop(self.stage, self._wanted(self.made_from))
+
     def hindrances(self) -> list[str]:
         """See `Job.hindrances`."""
-        found = unseen_store(self.ticket)
+        found = [*unseen_store(self.ticket), *unusable(self.stage)]
         try:
             # What nobody could read when the run was planned fails by itself.
             if self.made_from is not None and made_from(self.row, self.settings) != self.made_from:

@@ -1,11 +1,12 @@
 """The job of `infer`: a slide's tiles into its map in the store."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,9 +14,19 @@ from numpy.typing import NDArray
 
 from wsi_idc import USE, __version__
 from wsi_idc.digests import fingerprint
-from wsi_idc.errors import AccessError, ModelError, SlideError, StoreDamageError, StoreError
+from wsi_idc.errors import (
+    AccessError,
+    ChangedError,
+    ModelError,
+    SlideError,
+    StoreDamageError,
+    StoreError,
+    WsiIdcError,
+)
 from wsi_idc.model.bundle import SHIPPED, Bundle, Form, read_bundle
 from wsi_idc.slides import Slide, open_slide
+from wsi_idc.sources import source_of
+from wsi_idc.staging import Stage, Wanted, at_hand, drop, unusable
 from wsi_idc.store import Node, Store, StoredSlide, Ticket, admit
 from wsi_idc.store.slide import tiles_per_shard
 from wsi_idc.work.cut import unseen_store
@@ -26,6 +37,9 @@ if TYPE_CHECKING:
 
 TILES_PER_BLOCK = 2**14
 """About so many tiles, in whole shards, are scored by one task."""
+_SCORING = Lock()
+"""Of the tasks under way in a process one computes, and the others fetch: a model's threads would only wait for each
+other."""
 
 
 @lru_cache(maxsize=2)
@@ -48,6 +62,8 @@ class ScoreJob:
         form: in which the model runs.
         need: what the map is made from besides the tiles, by name (`LoadedBundle.made_from`).
         batch_size: tiles that go through the model together.
+        stage: where a slide whose pixels are not in the store is copied to before it is read; None: it is read where it
+            lies.
     """
 
     slide_id: str
@@ -57,6 +73,7 @@ class ScoreJob:
     form: Form
     need: dict[str, Any]
     batch_size: int
+    stage: Stage | None = None
 
     @property
     def job_id(self) -> str:
@@ -91,24 +108,43 @@ class ScoreJob:
             raise
 
     def prepare(self, work: Work) -> Prepared:
-        """Check that the tiles fit the model and can be had."""
-        with self._watched() as slide:
-            if not slide.has_pixels:
+        """Check that the tiles can be had; copy the slide where it is to be copied."""
+        with self._watched() as slide, self._opener(slide):
+            if not slide.has_pixels and self.stage is None:
                 _check_source(slide)
         count, shard = slide.count, tiles_per_shard(slide.spec.size_px)
         step = max(1, TILES_PER_BLOCK // shard) * shard
         return Prepared([Block(start, min(start + step, count)) for start in range(0, count, step)], count)
 
+    @contextmanager
+    def _opener(self, slide: StoredSlide) -> Iterator[Callable[[], Slide] | None]:
+        """Opens the slide's file, where the store does not have its pixels; None where it has."""
+        if slide.has_pixels:
+            yield None
+            return
+        made_from = slide.made_from
+        try:
+            with at_hand(self.stage, _wanted(slide)) as files:
+                path = files[source_of(slide.path)]
+                yield lambda: open_slide(path, made_from["slide um/px"], made_from["reader"])
+        except ChangedError as error:
+            raise _changed(error.subject) from error
+
     def run(self, block: Block, info: dict[str, Any], work: Work) -> NDArray[np.float32]:
         """Score a block; reading the next batch and scoring this one overlap. float32 (n,) or (n, class)."""
         runtime = loaded(self._folder, self.form, work.capacity.threads)
         scored = []
-        with self._watched() as slide, ThreadPoolExecutor(1, thread_name_prefix="read") as executor:
-            batches = _batches(slide, block, self.batch_size, work.capacity.threads)
+        with (
+            self._watched() as slide,
+            self._opener(slide) as opener,
+            ThreadPoolExecutor(1, thread_name_prefix="read") as executor,
+        ):
+            batches = _batches(slide, opener, block, self.batch_size, work.capacity.threads)
             coming = executor.submit(next, batches, None)
             while (tiles := coming.result()) is not None:
                 coming = executor.submit(next, batches, None)
-                scored.append(runtime.predict(tiles))
+                with _SCORING:
+                    scored.append(runtime.predict(tiles))
                 work.report(len(tiles))
         return np.concatenate(scored)
 
@@ -117,6 +153,8 @@ class ScoreJob:
         fields = self.fields
         with self._watched() as slide:
             cells = slide.cell
+            if not slide.has_pixels:
+                drop(self.stage, _wanted(slide))
         if not results:
             results = [np.zeros((0, *loaded(self._folder, self.form, work.capacity.threads).per_tile), np.float32)]
         probability = np.concatenate(results)
@@ -158,9 +196,16 @@ class ScoreJob:
         node.commit({"ome": ngff_image(slide, fields, image.ndim), **about, "complete": complete}, attempt)
         return Outcome("done", tiles=prepared.tiles)
 
+    def drop(self) -> None:
+        """Delete what was copied for it on this host."""
+        with suppress(OSError, WsiIdcError):
+            slide = self._store.slide(self.slide_id)
+            if not slide.has_pixels:
+                drop(self.stage, _wanted(slide))
+
     def hindrances(self) -> list[str]:
         """See `Job.hindrances`."""
-        found = unseen_store(self.ticket)
+        found = [*unseen_store(self.ticket), *unusable(self.stage)]
         try:
             if self.form.digest not in read_bundle(self._folder).digests():
                 found.append(f"{self._folder}: it is another model there; give workers the same one")
@@ -182,26 +227,34 @@ class ScoreJob:
         self._node.fail(reason)
 
 
+def _wanted(slide: StoredSlide) -> list[Wanted]:
+    """The file of a slide whose pixels are not in the store, as it was when it was extracted."""
+    return [(source_of(slide.path), slide.made_from["source"])]
+
+
 def _check_source(slide: StoredSlide) -> None:
     """Refuse a slide file that is no longer the one whose tissue was found."""
-    path = Path(slide.path)
+    ((source, content),) = _wanted(slide)
     try:
-        same = fingerprint(path) == slide.made_from["source"]
+        same = fingerprint(source) == content
     except OSError as error:
-        raise AccessError.of(path, error) from error
+        raise AccessError.of(source, error) from error
     if not same:
-        raise SlideError(path, "changed since it was extracted", "run wsi-idc extract again")
+        raise _changed(source)
 
 
-def _batches(slide: StoredSlide, block: Block, batch: int, threads: int) -> Iterator[NDArray[np.uint8]]:
+def _changed(source: object) -> ChangedError:
+    return ChangedError(source, "changed since it was extracted", "run wsi-idc extract again")
+
+
+def _batches(
+    slide: StoredSlide, opener: Callable[[], Slide] | None, block: Block, batch: int, threads: int
+) -> Iterator[NDArray[np.uint8]]:
     """Tiles of a block in batches: from the store, or straight from the slide; the same pixels either way."""
-    if slide.has_pixels:
+    if opener is None:
         yield from _rebatched(slide.read_tiles(block.start, block.stop), batch)
         return
     from wsi_idc.reader import read_tiles
-
-    def opener() -> Slide:
-        return open_slide(Path(slide.path), slide.made_from["slide um/px"], slide.made_from["reader"])
 
     yield from read_tiles(opener, slide.grid, slide.cell[block.start : block.stop], batch=batch, threads=threads)
 
