@@ -72,7 +72,7 @@ def local(*, workers: int = 0, gpus: int = 0, threads: int = 0, overlap: int = 1
         workers: worker processes; 0 runs everything in this process.
         gpus: one worker process for each of so many GPUs; instead of `workers`.
         threads: CPU threads of each task; 0 shares the cores evenly.
-        overlap: tasks under way at once in this process, where there are no others: one fills the gaps of another.
+        overlap: tasks under way at once in each process: one fills the gaps of another.
 
     Raises:
         UsageError: there are fewer GPUs.
@@ -80,7 +80,7 @@ def local(*, workers: int = 0, gpus: int = 0, threads: int = 0, overlap: int = 1
     count = gpus or workers
     capacity = Capacity(
         workers=max(1, count),
-        slots=count or overlap,
+        slots=max(1, count) * overlap,
         threads=threads_of(count, threads),
         gpu=bool(gpus),
     )
@@ -110,7 +110,12 @@ def _in_processes(capacity: Capacity, environments: list[dict[str, str]]) -> Ite
     # Another user of this machine could hand work to a scheduler that asks nobody who he is.
     security = Security.temporary()
     options = {"protocol": "tls", "host": "127.0.0.1", "security": security, "dashboard": False}
-    worker = {"worker_class": QuietWorker, "nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+    worker = {
+        "worker_class": QuietWorker,
+        "nthreads": capacity.slots // capacity.workers,
+        "memory_limit": 0,
+        "silence_logs": logging.CRITICAL,
+    }
     workers = {
         index: {"cls": Nanny, "options": {**options, **worker, "env": environment}}
         for index, environment in enumerate(environments)
