@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types format bench lock clean
+.PHONY: help setup demo test test-slow lint types format bench bench-cluster lock clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +41,9 @@ format: $(STAMP)  ## Put the code in style
 
 bench: $(STAMP)  ## Time wsi-idc against tiatoolbox's PatchPredictor on one slide
 	$(BIN)/python tests/bench.py
+
+bench-cluster: $(STAMP)  ## Time workers and scheduling on a Dask cluster on this machine
+	$(BIN)/python tests/bench_cluster.py
 
 lock: $(STAMP)  ## Write requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --universal --no-header \

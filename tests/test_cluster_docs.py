@@ -115,7 +115,7 @@ def test_the_kubernetes_manifest_starts_a_cluster_that_does_the_work(here, tmp_p
         ]
         one.add(1, *arguments)
         shell, option, commands = container(job["spec"]["job"])["args"]
-        address = f"$({sys.executable} -c 'import json; print(json.load(open(\"{one.file}\"))[\"address\"])')"
+        address = f'$({sys.executable} -c \'import json; print(json.load(open("{one.file}"))["address"])\')'
         commands = commands.replace('"$DASK_SCHEDULER_ADDRESS"', f'"{address}"').replace("/data/", f"{folder}/")
         subprocess.run([shell, option, commands], cwd=folder, env=environment, timeout=240, check=True)
     finally:

@@ -427,6 +427,35 @@ def test_slides_annotations_and_masks_may_lie_in_a_bucket_and_moving_them_there_
     assert entries(stage) == []
 
 
+def test_an_object_that_was_not_written_anew_is_one_question_and_one_that_was_is_looked_at(
+    slides, recorder, stage, bucket, objects, make
+):
+    folder = slides.parent
+    url = bucket(folder / "a.tif", "a.tif")
+    slides.write_text(f"path\n{url}\n")
+    run(slides, recorder, stage=str(stage.folder))
+
+    def again():
+        before = len(objects.requests())
+        summary, store = run(slides, recorder, stage=str(stage.folder))
+        asked = [method for method, path in objects.requests()[before:] if path.endswith("/a.tif")]
+        return summary.plans["a"].action, asked, store.slide("a").attributes["seen"]
+
+    action, asked, seen = again()
+    assert (action, asked) == ("skip", ["HEAD"])
+    # Written anew, it is looked at, and that is remembered.
+    with (folder / "a.tif").open("ab") as stream:
+        stream.write(b"\0")
+    bucket(folder / "a.tif", "a.tif")
+    action, asked, changed = again()
+    assert action == "redo" and "GET" in asked
+    assert changed != seen
+    assert again()[:2] == ("skip", ["HEAD"])
+    make.tissue_slide(folder / "a.tif", seed=9)
+    bucket(folder / "a.tif", "a.tif")
+    assert again()[0] == "redo"
+
+
 def test_infer_stages_the_slides_whose_pixels_are_not_stored(slides, recorder, stage, bucket, bundle, make):
     import numpy as np
 

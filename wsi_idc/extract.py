@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from wsi_idc.manifest import Row
 from wsi_idc.plan import Plan, plan
 from wsi_idc.settings import CutSettings, ExtractSettings
 from wsi_idc.staging import stage_of
-from wsi_idc.store import Store, hold_store
-from wsi_idc.work.cut import CutJob, describe, made_from
+from wsi_idc.store import Record, Store, at_once, hold_store
+from wsi_idc.work.cut import CutJob, Seen, describe, made_from
 from wsi_idc.work.jobs import Listener, Summary, carry_out
 
 
@@ -25,24 +25,30 @@ class PlannedSlide:
         plan: what to do.
         made_from: what its tiles would be made from; None where its source cannot be read.
         trouble: why it cannot.
+        seen: what is known of its objects.
+        described: whether the store has the manifest's words about it.
     """
 
     row: Row
     plan: Plan
     made_from: dict[str, Any] | None
     trouble: SlideError | None = None
+    seen: Seen = field(default_factory=dict, hash=False)
+    described: bool = False
 
 
 def plan_slide(row: Row, store: Store | None, settings: CutSettings, *, force: bool) -> PlannedSlide:
     """What to do with one slide of the manifest."""
+    record = Record() if store is None else store.slide_node(row.slide_id).record()
+    known = record.attributes.get("seen")
+    seen: Seen = dict(known) if isinstance(known, dict) else {}
     try:
-        need = made_from(row, settings)
+        need = made_from(row, settings, seen)
     except SlideError as error:
         return _unreadable(row, error)
-    if store is None:
-        return PlannedSlide(row, plan(need, None), need)
-    record = store.slide_node(row.slide_id).record()
-    return PlannedSlide(row, plan(need, record.made_from, record.trouble, force=force), need)
+    described = all(record.attributes.get(name) == value for name, value in describe(row, seen).items())
+    decided = plan(need, record.made_from, record.trouble, force=force)
+    return PlannedSlide(row, decided, need, seen=seen, described=described)
 
 
 def _unreadable(row: Row, error: SlideError) -> PlannedSlide:
@@ -102,13 +108,10 @@ def check_stage(rows: Sequence[Row], settings: ExtractSettings) -> None:
         raise UsageError(url, "lies in an object store", "give --stage DIR, a local folder that slides are copied to")
 
 
-def refresh(rows: Sequence[Row], store: Store) -> None:
+def refresh(slides: Sequence[PlannedSlide], store: Store) -> None:
     """Bring the attributes of slides that stay as they are up to the manifest."""
-    for row in rows:
-        node = store.slide_node(row.slide_id)
-        attributes = node.record().attributes
-        if any(attributes.get(name) != value for name, value in describe(row).items()):
-            node.update(describe(row))
+    stale = [slide for slide in slides if slide.plan.action == "skip" and not slide.described]
+    at_once(lambda slide: store.slide_node(slide.row.slide_id).update(describe(slide.row, slide.seen)), stale)
 
 
 def extract(
@@ -146,9 +149,9 @@ def extract(
     place = places.place(settings, overlap=1 if settings.workers and stage is None else 2)
     with hold_store(store, create=True) as held:
         planned = plan_slides(rows, held, cut, force=force, strict=strict)
-        refresh([slide.row for slide in planned if slide.plan.action == "skip"], held)
+        refresh(planned, held)
         todo = [slide for slide in planned if slide.plan.action != "skip"]
-        jobs = [CutJob(slide.row, held.ticket, cut, slide.made_from, stage) for slide in todo]
+        jobs = [CutJob(slide.row, held.ticket, cut, slide.made_from, stage, slide.seen) for slide in todo]
         plans = {slide.row.slide_id: slide.plan for slide in planned}
         try:
             summary = carry_out(place, plans, jobs, listener([job.job_id for job in jobs]))

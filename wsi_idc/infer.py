@@ -1,7 +1,6 @@
 """Stage 2: from tiles to one probability map a slide."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from wsi_idc.objects import is_url
 from wsi_idc.plan import Plan
 from wsi_idc.settings import InferSettings
 from wsi_idc.staging import stage_of
-from wsi_idc.store import Store, hold_store
+from wsi_idc.store import Store, at_once, hold_store
 from wsi_idc.work.jobs import Listener, Outcome, Summary, carry_out
 from wsi_idc.work.score import ScoreJob, loaded
 
@@ -24,11 +23,13 @@ class PlannedMaps:
         plans: slide id -> what was decided.
         refused: slide id -> why the model cannot score it.
         left_out: slides of the store whose tiles are not complete.
+        far: the URL of a slide that will have to be read; "" where there is none.
     """
 
     plans: Mapping[str, Plan]
     refused: Mapping[str, str]
     left_out: Sequence[str] = ()
+    far: str = ""
 
 
 def plan_maps(
@@ -42,27 +43,35 @@ def plan_maps(
     """
     _check_name(store, bundle, force=force)
     need = bundle.made_from(form)
-    plans, refused = {}, {}
-    first: ModelError | None = None
-    names, left_out = sorted(set(only)), list[str]()
-    if not names:
-        found = {name: store.slide_node(name).record().usable for name in store.all_slide_ids()}
-        names, left_out = ([name for name, usable in found.items() if usable is which] for which in (True, False))
-    for name in names:
+
+    def plan_one(name: str) -> tuple[Plan | None, ModelError | None, str]:
+        """What to do (None: nothing can be), why the model cannot, and where a slide is to be read that is far away."""
         try:
-            slide = store.slide(name)
+            slide = store.slide(name) if only else store.look(name)[1]
+            if slide is None:
+                return None, None, ""
             bundle.check_fits(slide.spec)
         except ModelError as error:
-            first, refused[name] = first or error, str(error)
-            plans[name] = Plan("run", "the model does not fit its tiles")
+            return Plan("run", "the model does not fit its tiles"), error, ""
         except StoreDamageError as error:
             # Its job finds the same, names it, and hides the slide until it is cut again: the others go on.
-            plans[name] = Plan("run", error.problem)
-        else:
-            plans[name] = store.map(bundle.fields.name, name).plan(slide, need, force=force)
-    if first and len(refused) == len(plans):
-        raise first
-    return PlannedMaps(plans, refused, left_out)
+            return Plan("run", error.problem), None, ""
+        plan = store.map(bundle.fields.name, name).plan(slide, need, force=force)
+        far = plan.action != "skip" and not slide.has_pixels and is_url(slide.path)
+        return plan, None, slide.path if far else ""
+
+    names = sorted(set(only)) or store.all_slide_ids()
+    found = dict(zip(names, at_once(plan_one, names), strict=True))
+    plans = {name: plan for name, (plan, _, _) in found.items() if plan is not None}
+    refused = {name: error for name, (_, error, _) in found.items() if error is not None}
+    if refused and len(refused) == len(plans):
+        raise next(iter(refused.values()))
+    return PlannedMaps(
+        plans,
+        {name: str(error) for name, error in refused.items()},
+        [name for name, (plan, _, _) in found.items() if plan is None],
+        next((far for _, _, far in found.values() if far), ""),
+    )
 
 
 def _check_name(store: Store, bundle: LoadedBundle, *, force: bool) -> None:
@@ -74,16 +83,6 @@ def _check_name(store: Store, bundle: LoadedBundle, *, force: bool) -> None:
         raise ModelError(
             bundle.folder, problem, "give this one another name in its bundle.json, or replace with --force"
         )
-
-
-def _check_near(store: Store, names: Sequence[str]) -> None:
-    """Refuse slides that would have to be read, and cannot be where they lie."""
-    for name in names:
-        with suppress(StoreDamageError):
-            slide = store.slide(name)
-            if not slide.has_pixels and is_url(slide.path):
-                advice = "give --stage DIR, a local folder that slides are copied to"
-                raise UsageError(slide.path, "lies in an object store, and the store has no pixels of it", advice)
 
 
 def infer(
@@ -126,8 +125,9 @@ def infer(
         planned = plan_maps(held, bundle, form, only=only, force=force)
         name, need = bundle.fields.name, bundle.made_from(form)
         todo = [slide for slide, plan in planned.plans.items() if plan.action != "skip"]
-        if stage is None:
-            _check_near(held, todo)
+        if stage is None and planned.far:
+            advice = "give --stage DIR, a local folder that slides are copied to"
+            raise UsageError(planned.far, "lies in an object store, and the store has no pixels of it", advice)
         if todo:
             held.put_model(name, {"model": name, "files": sorted(bundle.digests())})
         folder = None if bundle.folder == SHIPPED else bundle.folder.absolute()

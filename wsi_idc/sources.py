@@ -5,6 +5,7 @@ fingerprint, a copy) is made in one way. What cannot be had is an OSError that s
 """
 
 import errno
+import hashlib
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +141,18 @@ def roots(source: Source) -> list[Root]:
         OSError: it is not there, cannot be looked at, or is neither a file nor a folder.
     """
     return _roots_of_path(source) if isinstance(source, Path) else _roots_of_url(source)
+
+
+def version(source: Source) -> str:
+    """Another one once anything of it was written anew; "" for a path, since a disk's time stamps can be set.
+
+    Raises:
+        OSError: as `roots`.
+    """
+    if isinstance(source, Path):
+        return ""
+    parts = [(part.inner, part.size, part.version) for root in roots(source) for part in root.parts]
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
 def read_all(wanted: Sequence[tuple[Part, int, int]]) -> Iterator[bytes]:

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wsi_idc.errors import StoreDamageError, StoreError
-from wsi_idc.store import Store, open_store
+from wsi_idc.errors import StoreDamageError
+from wsi_idc.store import Store, at_once, open_store
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,15 @@ def slide_states(address: str | Path, names: Sequence[str] | None = None) -> lis
     """
     store = open_store(address)
     models = store.models()
-    return [_state(store, name, models) for name in (store.all_slide_ids() if names is None else names)]
+    return at_once(lambda name: _state(store, name, models), store.all_slide_ids() if names is None else names)
 
 
 def _state(store: Store, name: str, models: Sequence[str]) -> SlideState:
-    record = store.slide_node(name).record()
     try:
-        slide = store.slide(name)
+        record, slide = store.look(name)
     except StoreDamageError as error:
         return SlideState(name, "failed", "", "", error.problem)
-    except StoreError:
+    if slide is None:
         return SlideState(name, "failed" if record.trouble else "no", "", "", record.failed or record.trouble)
     scored, reasons = [], []
     for model in models:

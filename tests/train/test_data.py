@@ -5,6 +5,7 @@ import pytest
 
 from wsi_idc import store as store_module
 from wsi_idc.errors import StoreError
+from wsi_idc.store import hold_store
 from wsi_idc.train.data import Order, labelled_tiles, read_pixels
 
 
@@ -26,7 +27,8 @@ def test_a_store_without_pixels_is_a_clear_line(make_store, patients):
     store = make_store(patients)
     complete = store.slide_node("slide-b").record().complete
     del complete["checksums"]["tiles"]
-    store.slide_node("slide-b").update({"complete": complete})
+    with hold_store(store.address) as held:
+        held.slide_node("slide-b").update({"complete": complete})
     with pytest.raises(StoreError, match="slide-b: its tiles' pixels were not kept"):
         labelled_tiles(store)
 
@@ -42,7 +44,8 @@ def test_labels_and_patients_are_part_of_the_identity(make_store, patients):
     store = make_store(patients)
     before = labelled_tiles(store).identity
     assert labelled_tiles(store).identity == before
-    store.slide_node("slide-c").update({"split": "val"})
+    with hold_store(store.address) as held:
+        held.slide_node("slide-c").update({"split": "val"})
     assert labelled_tiles(store).identity != before
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from wsi_idc.errors import StoreError, UsageError
+from wsi_idc.store import hold_store
 from wsi_idc.train.data import labelled_tiles
 from wsi_idc.train.settings import TrainSettings
 from wsi_idc.train.splits import make_folds, make_split
@@ -78,8 +79,8 @@ def test_folds_without_val_patients_make_their_own_from_the_training_part(make_s
 
 def test_two_slides_of_one_patient_on_two_sides_are_refused(make_store, patients):
     store = make_store(patients)
-    node = store.slide_node("slide-e")
-    node.update({"patient_id": "a"})
+    with hold_store(store.address) as held:
+        held.slide_node("slide-e").update({"patient_id": "a"})
     with pytest.raises(UsageError, match=r"patient a: is in 'train' and in 'val'"):
         make_split(labelled_tiles(store), TrainSettings(), silent)
 

@@ -141,6 +141,7 @@ def test_fifty_slides_while_each_of_three_workers_is_killed_in_turn(started, wsi
     assert_same_arrays(address, undisturbed(wsi_idc, manifest, bundle))
 
 
+@pytest.mark.slow
 def test_workers_that_retire_give_their_slides_back(started, recorder, tmp_path):
     one = started(2, "--lifetime", "8 seconds", "--lifetime-stagger", "2 seconds", "--lifetime-restart")
     jobs = [Slow(f"j{number}") for number in range(24)]
@@ -157,6 +158,7 @@ class Slow(Sum):
         return super().run(block, info, work)
 
 
+@pytest.mark.slow
 def test_of_a_slide_that_kills_its_workers_the_others_do_not_suffer(started, recorder):
     one = started(2)
     jobs = [Sum("a"), Sum("poison", misbehave="die"), *(Sum(f"j{number}") for number in range(6))]

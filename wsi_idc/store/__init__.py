@@ -3,7 +3,7 @@
 from wsi_idc.store.map import MapState, StoredMap
 from wsi_idc.store.node import Node, Record
 from wsi_idc.store.slide import StoredSlide
-from wsi_idc.store.store import Store, Ticket, admit, find_store, hold_store, open_store
+from wsi_idc.store.store import Store, Ticket, admit, at_once, find_store, hold_store, open_store
 
 __all__ = [
     "MapState",
@@ -14,6 +14,7 @@ __all__ = [
     "StoredSlide",
     "Ticket",
     "admit",
+    "at_once",
     "find_store",
     "hold_store",
     "open_store",

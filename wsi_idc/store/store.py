@@ -10,16 +10,17 @@
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wsi_idc.errors import ObjectsError, StoreBusyError, StoreError, system_reason
 from wsi_idc.store.backing import LEASE, Backing, backing_at, holds
 from wsi_idc.store.map import StoredMap
-from wsi_idc.store.node import FORMAT, Node, group_document
+from wsi_idc.store.node import FORMAT, Node, Record, group_document
 from wsi_idc.store.slide import StoredSlide
 
 OLDER = ("wsi-idc-store/1",)
@@ -107,11 +108,23 @@ class Store:
 
     def slide_ids(self) -> list[str]:
         """Every slide whose tiles are complete."""
-        return [name for name in self.all_slide_ids() if self.slide_node(name).record().usable]
+        names = self.all_slide_ids()
+        usable = at_once(lambda name: self.slide_node(name).record().usable, names)
+        return [name for name, whole in zip(names, usable, strict=True) if whole]
 
     def models(self) -> list[str]:
         """Every model with a map in the store."""
         return self.backing.folders("maps")
+
+    def look(self, slide_id: str) -> tuple[Record, StoredSlide | None]:
+        """A slide's record, and its tiles where they are complete: by one read.
+
+        Raises:
+            StoreDamageError: the record is that of complete tiles, and damaged.
+        """
+        node = self.slide_node(slide_id)
+        record = node.record()
+        return record, StoredSlide(node, record) if record.usable else None
 
     def slide(self, slide_id: str) -> StoredSlide:
         """A slide's tiles.
@@ -120,12 +133,11 @@ class Store:
             StoreError: they are not complete.
             StoreDamageError: their record is damaged.
         """
-        node = self.slide_node(slide_id)
-        record = node.record()
-        if not record.usable:
+        record, slide = self.look(slide_id)
+        if slide is None:
             why = record.trouble if record.failed is None else f"failed: {record.failed}"
             raise StoreError(slide_id, f"not extracted{f' ({why})' if why else ''}", "run wsi-idc extract")
-        return StoredSlide(node, record)
+        return slide
 
     def map(self, model: str, slide_id: str) -> StoredMap:
         """A slide's map by a model, as it is now; there may be none."""
@@ -150,6 +162,19 @@ class Store:
         for model in self.models():
             if self.backing.read(f"maps/{model}/zarr.json") is None:
                 self.backing.write(f"maps/{model}/zarr.json", group_document({}))
+
+
+_Item = TypeVar("_Item")
+_Answer = TypeVar("_Answer")
+
+
+def at_once(ask: Callable[[_Item], _Answer], items: Sequence[_Item]) -> list[_Answer]:
+    """Answers to a question about each of many things, asked several at a time: a store may lie far away."""
+    with ThreadPoolExecutor(_QUESTIONS) as executor:
+        return list(executor.map(ask, items))
+
+
+_QUESTIONS = 16
 
 
 def _format(backing: Backing) -> str | None:

@@ -1,9 +1,9 @@
 """The job of `extract`: a slide into tiles in the store."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from wsi_idc.grid import Grid
 from wsi_idc.manifest import Row
 from wsi_idc.settings import CutSettings
 from wsi_idc.slides import Slide, open_slide
+from wsi_idc.sources import Source
+from wsi_idc.sources import version as version_of
 from wsi_idc.staging import Stage, Wanted, at_hand, drop, unusable
 from wsi_idc.store import Node, Ticket, admit
 from wsi_idc.store.slide import create_tiles, identity, tiles_per_shard, write_shards
@@ -25,8 +27,17 @@ SHARDS_PER_BLOCK = 16
 tiles is decoded by both."""
 
 
-def made_from(row: Row, settings: CutSettings) -> dict[str, Any]:
+Seen: TypeAlias = dict[str, list[str]]
+"""URL -> the version that was looked at, and its fingerprint: one question, where looking costs some thirty."""
+
+
+def made_from(row: Row, settings: CutSettings, seen: Seen | None = None) -> dict[str, Any]:
     """What the tiles of a slide are made from, by the names that a user is told: the reasons to do it again.
+
+    Args:
+        row: the slide.
+        settings: how it is cut.
+        seen: what is known of its objects; brought up to date.
 
     Raises:
         SlideError: the source is missing, or (AccessError) cannot be read.
@@ -35,6 +46,16 @@ def made_from(row: Row, settings: CutSettings) -> dict[str, Any]:
         raise SlideError(row.path, row.missing, "correct the manifest or bring the file back")
     content = settings.content()
     tile = content.pop("tile")
+    seen = {} if seen is None else seen
+
+    def fingerprint_of(source: Source) -> str:
+        if not (now := version_of(source)):
+            return fingerprint(source)
+        known = seen.get(str(source))
+        if not (isinstance(known, list) and len(known) == 2 and known[0] == now):
+            known = seen[str(source)] = [now, fingerprint(source)]
+        return known[1]
+
     try:
         return {
             "tile size": tile["size_px"],
@@ -43,17 +64,22 @@ def made_from(row: Row, settings: CutSettings) -> dict[str, Any]:
             "edge rule": tile["last"],
             **{name.replace("_", " "): value for name, value in content.items()},
             "slide um/px": row.mpp,
-            "source": fingerprint(row.path),
-            "annotation": fingerprint(row.annotation) if row.annotation else None,
-            "mask": fingerprint(row.mask) if row.mask else None,
+            "source": fingerprint_of(row.path),
+            "annotation": fingerprint_of(row.annotation) if row.annotation else None,
+            "mask": fingerprint_of(row.mask) if row.mask else None,
         }
     except OSError as error:
         raise AccessError.of(error.filename or row.path, error) from error
 
 
-def describe(row: Row) -> dict[str, Any]:
-    """The manifest's words about a slide, as they stand in its attributes; they can change without new tiles."""
+def describe(row: Row, seen: Seen) -> dict[str, Any]:
+    """The manifest's words about a slide, as they stand in its attributes; they can change without new tiles.
+
+    And what is known of its objects, of those that it still has.
+    """
+    urls = {str(url) for url in row.urls}
     return {
+        **({"seen": {url: known for url, known in seen.items() if url in urls}} if urls else {}),
         "patient_id": row.patient_id,
         "split": row.split,
         "label": row.label,
@@ -100,6 +126,7 @@ class CutJob:
         settings: what the tiles depend on.
         made_from: what they would be made from; None where the source could not be read.
         stage: where the slide is copied to before it is read; None: it is read where it lies.
+        seen: what is known of its objects.
     """
 
     row: Row
@@ -107,6 +134,7 @@ class CutJob:
     settings: CutSettings
     made_from: dict[str, Any] | None
     stage: Stage | None = None
+    seen: Seen = field(default_factory=dict, hash=False)
 
     @property
     def job_id(self) -> str:
@@ -247,7 +275,7 @@ class CutJob:
             ),
             "versions": versions(),
         }
-        attributes = {**describe(self.row), **info["about"], "tile": self.settings.tile.content()}
+        attributes = {**describe(self.row, self.seen), **info["about"], "tile": self.settings.tile.content()}
         node.commit({**attributes, "warnings": info["warnings"], "complete": complete}, info["attempt"])
         return Outcome("done", tiles=prepared.tiles, warnings=tuple(info["warnings"]))
 
@@ -261,7 +289,7 @@ class CutJob:
         found = [*unseen_store(self.ticket), *unusable(self.stage)]
         try:
             # What nobody could read when the run was planned fails by itself.
-            if self.made_from is not None and made_from(self.row, self.settings) != self.made_from:
+            if self.made_from is not None and made_from(self.row, self.settings, dict(self.seen)) != self.made_from:
                 found.append(f"{self.row.path}: it is another file there; give workers the same slides")
         except SlideError as error:
             found.append(f"{error.subject}: {error.problem}; give workers the same slides, by the same paths")
@@ -271,7 +299,7 @@ class CutJob:
         """See `Job.fail`."""
         node = self._node
         node.fail(reason)
-        node.update(describe(self.row))
+        node.update(describe(self.row, self.seen))
 
 
 def unseen_store(ticket: Ticket) -> list[str]:
