@@ -1,6 +1,6 @@
 """What a cluster costs and gains, on loopback: `make bench-cluster`. Prints figures; `docs/scaling.md` has them.
 
-1. One and two workers of one thread: tiles/s of `infer` over the same store, in turn.
+1. One and two workers of one thread, a core each: tiles/s of `infer` over the same store, in turn.
 2. Scheduling: 2,000 slides that do nothing; milliseconds a slide, and what the client's memory grows by.
 3. Slides that take the time of real ones, on so many task slots: the share of the slots' time that is used.
 """
@@ -101,7 +101,8 @@ def workers(folder, slides, rounds):
     try:
         for count in (1, 2):
             clusters[count] = Cluster(folder / f"workers-{count}")
-            clusters[count].add(count)
+            for core in range(count):
+                clusters[count].add(1, core=core)
         rates = {1: [], 2: []}
         for number in range(rounds + 1):
             for count, one in clusters.items():

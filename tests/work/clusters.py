@@ -23,14 +23,15 @@ class Cluster:
         self.scheduler = self._start("scheduler", "--port", "0", "--scheduler-file", self.file, **environment)
         _until(self.file.exists, self.scheduler)
 
-    def add(self, count: int = 1, *options: object, **environment: str) -> None:
-        """Start workers of one thread each."""
+    def add(self, count: int = 1, *options: object, core: int | None = None, **environment: str) -> None:
+        """Start workers of one thread each; on one core, where it is named, as a batch system would have it."""
         for _ in range(count):
             where = ("--scheduler-file", self.file, "--nthreads", "1", "--local-directory", self.folder / "scratch")
-            self.workers.append(self._start("worker", *where, *options, **environment))
+            self.workers.append(self._start("worker", *where, *options, core=core, **environment))
 
-    def _start(self, part: str, *options: object, **environment: str) -> subprocess.Popen:
-        command = [DASK, part, "--host", "127.0.0.1", "--no-dashboard", *options]
+    def _start(self, part: str, *options: object, core: int | None = None, **environment: str) -> subprocess.Popen:
+        pinned = [] if core is None else ["taskset", "--cpu-list", core]
+        command = [*pinned, DASK, part, "--host", "127.0.0.1", "--no-dashboard", *options]
         # Test jobs are pickled by name: workers must be able to import them.
         environment = {"PYTHONPATH": str(REPOSITORY), **environment}
         with (self.folder / f"{part}.log").open("a") as log:

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 
+from tests.conftest import Recorder
 from tests.work.clusters import Cluster, shadow
+from tests.work.standin import StandIn
 from tests.work.test_jobs import Sum
 from wsi_idc.errors import ClusterError, UsageError, WorkersError
 from wsi_idc.store import open_store
@@ -338,3 +341,24 @@ def test_threads_are_what_a_machines_cores_give_each_task():
     assert place.capacity.threads == 8
     place._measure({"a": 99})
     assert place.capacity.threads == 1
+
+
+@pytest.mark.slow
+def test_two_thousand_slides_leave_the_clients_memory_as_it_was(started):
+    """What each costs, `make bench-cluster` says."""
+    one = started(2)
+    jobs = [StandIn(f"s{number}") for number in range(2000)]
+    memory = []
+
+    class Listener(Recorder):
+        def ended(self, job_id, outcome):
+            super().ended(job_id, outcome)
+            if len(self.outcomes) in (200, 2000):
+                memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+    listener = Listener()
+    with place_at(one, jobs) as place:
+        outcomes = run_jobs(place, jobs, listener)
+    assert {outcome.status for outcome in outcomes.values()} == {"done"}
+    assert list(listener.outcomes) == list(dict.fromkeys(listener.outcomes)) and len(outcomes) == 2000
+    assert memory[1] - memory[0] < 32 * 2**20
