@@ -260,6 +260,8 @@ def run_jobs(place: Place, jobs: Sequence[Job], listener: Listener) -> dict[str,
 
 
 _FEWER = "try fewer --workers"
+_FETCH_S = 10
+"""To fetch the answer of a task that is done; answers are small."""
 
 
 @dataclass(frozen=True)
@@ -369,9 +371,15 @@ class _Drive:
             except Empty:
                 self._hand_out()
                 continue
+            try:
+                value = self._unwrap(future)
+            except TimeoutError:
+                # Who had the answer died before it was fetched: it comes again, if anybody is left to make it.
+                future.add_done_callback(self._back.put)
+                continue
             stage = self._stages.pop(future.key)
             stage.active.tasks -= 1
-            yield stage.active, stage.index, self._unwrap(future)
+            yield stage.active, stage.index, value
             future.release()
             self._hand_out()
 
@@ -387,12 +395,15 @@ class _Drive:
 
         Raises:
             ClusterError: the scheduler is lost.
+            TimeoutError: it did not come.
         """
         from distributed import CancelledError
         from distributed.scheduler import KilledWorker
 
         try:
-            return future.result()
+            return future.result(timeout=_FETCH_S)
+        except TimeoutError:
+            raise
         except KilledWorker:
             return _Lost("its worker process died (killed, or out of memory)")
         except CancelledError as error:
