@@ -4,7 +4,6 @@ Nothing of the cluster is changed, and nothing is left in it: no plugin, no sett
 """
 
 import json
-import logging
 import os
 import platform
 import socket
@@ -19,6 +18,7 @@ from typing import Any
 
 from wsi_idc.errors import ClusterError, UsageError, WorkersError, WsiIdcError
 from wsi_idc.work.jobs import Capacity, Job, Place
+from wsi_idc.work.places import hush
 
 PACKAGES = ("wsi-idc", "dask", "distributed", "zarr", "numpy", "onnxruntime", "torch")
 """What must be the same everywhere: a map made by several workers is one result."""
@@ -95,12 +95,14 @@ def at(address: str, file: Path | None, *, wait: float, gpus: int, threads: int)
     from distributed.comm.addressing import parse_address
     from distributed.comm.registry import get_backend
 
+    hush()
     until = time.monotonic() + wait
     found = address or _read_address(file or Path(), until)
     name = found if address else f"{found} ({file})"
     try:
         get_backend(parse_address(found)[0])
-        with _quiet():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Mismatched versions")
             client = Client(found, timeout=max(1.0, until - time.monotonic()), set_as_default=False)
     except (OSError, ValueError, TypeError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -110,16 +112,6 @@ def at(address: str, file: Path | None, *, wait: float, gpus: int, threads: int)
         yield ClusterPlace(client, name, until=until, wait=wait, gpus=gpus, threads=threads)
     finally:
         client.close(timeout=2)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Dask says itself, at length, what is told here in one line."""
-    for name in ("distributed", "distributed.client"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Mismatched versions")
-        yield
 
 
 def _read_address(file: Path, until: float) -> str:

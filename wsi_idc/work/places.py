@@ -126,7 +126,7 @@ def _in_processes(capacity: Capacity, environments: list[dict[str, str]]) -> Ite
 
 @contextmanager
 def _cluster(workers: dict[int, Any], options: dict[str, Any], security: Security | None) -> Iterator[Client]:
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    hush()
     scheduler = {"cls": QuietScheduler, "options": options}
     with (
         dask.config.set(_SETTINGS),
@@ -134,6 +134,12 @@ def _cluster(workers: dict[int, Any], options: dict[str, Any], security: Securit
         Client(cluster, security=security) as client,
     ):
         yield client
+
+
+def hush() -> None:
+    """Silence Dask and what it stands on: they tell at length what is told here in one line, and of slow farewells."""
+    for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def visible_gpus(count: int) -> list[str]:
