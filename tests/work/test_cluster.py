@@ -239,6 +239,8 @@ def test_nobody_answers_or_nobody_works_is_one_line(started, wsi_idc, make, tmp_
     assert "no worker at tcp://127.0.0.1:" in refused("--scheduler-file", one.file, "--wait", "1")
     assert "no scheduler answers at tcp://127.0.0.1:9" in refused("--scheduler", "tcp://127.0.0.1:9", "--wait", "1")
     assert "no scheduler answers at nonsense://" in refused("--scheduler", "nonsense://", "--wait", "1")
+    assert "no scheduler answers at nobody.invalid:1" in refused("--scheduler", "nobody.invalid:1", "--wait", "1")
+    assert "give it as --scheduler-file" in refused("--scheduler", one.file)
     assert "no address in it (No such file" in refused("--scheduler-file", tmp_path / "none.json", "--wait", "0")
     assert "no address in it" in refused("--scheduler-file", manifest, "--wait", "0")
     assert "cannot go with" in refused("--scheduler-file", one.file, "--scheduler", "tcp://127.0.0.1:9")

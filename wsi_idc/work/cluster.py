@@ -3,6 +3,7 @@
 Nothing of the cluster is changed, and nothing is left in it: no plugin, no setting, no file.
 """
 
+import asyncio
 import json
 import os
 import platform
@@ -91,20 +92,22 @@ def at(address: str, file: Path | None, *, wait: float, gpus: int, threads: int)
     Raises:
         UsageError: no scheduler answers, or it is of another Dask.
     """
-    from distributed import Client
-    from distributed.comm.addressing import parse_address
-    from distributed.comm.registry import get_backend
+    from distributed import Client, Security
 
     hush()
     until = time.monotonic() + wait
     found = address or _read_address(file or Path(), until)
     name = found if address else f"{found} ({file})"
+    if address and Path(address).is_file():
+        raise UsageError("--scheduler", f"{address} is a file", "give it as --scheduler-file")
+    security, patience = Security(), max(1.0, until - time.monotonic())
     try:
-        get_backend(parse_address(found)[0])
+        # A client that could not be made says so again, at length, when the process ends: first see whether it could.
+        asyncio.run(_reach(found, security, patience))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Mismatched versions")
-            client = Client(found, timeout=max(1.0, until - time.monotonic()), set_as_default=False)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+            client = Client(found, security=security, timeout=patience, set_as_default=False)
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         advice = "check the address, that it runs, and Dask's TLS settings (DASK_DISTRIBUTED__COMM__TLS__*)"
         raise UsageError("--scheduler", f"no scheduler answers at {name} ({reason})", advice) from error
@@ -112,6 +115,18 @@ def at(address: str, file: Path | None, *, wait: float, gpus: int, threads: int)
         yield ClusterPlace(client, name, until=until, wait=wait, gpus=gpus, threads=threads)
     finally:
         client.close(timeout=2)
+
+
+async def _reach(address: str, security: Any, patience: float) -> None:
+    """Connect to an address, and leave.
+
+    Raises:
+        OSError, ValueError, TypeError, RuntimeError: nobody answers there, or not in the way that is asked for.
+    """
+    from distributed.comm import connect
+
+    connection = await connect(address, timeout=patience, **security.get_connection_args("client"))
+    await connection.close()
 
 
 def _read_address(file: Path, until: float) -> str:
