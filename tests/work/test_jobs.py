@@ -107,7 +107,7 @@ def test_every_job_ends_in_its_own_way(where, recorder, tmp_path):
         "g": "Stale file handle (/slides/a.svs)",
         "i": "no codec",
         "j": "StubbornError: 1: deflate; this looks like a defect, please report it",
-        "k": "out of memory; try fewer --workers or a smaller --batch-size",
+        "k": "out of memory; try fewer workers, or give each more memory, or a smaller --batch-size",
     }
     assert (tmp_path / "c").read_text() == "block 1 is broken"
     assert recorder.outcomes == summary.outcomes

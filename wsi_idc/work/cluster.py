@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from wsi_idc.errors import ClusterError, UsageError, WorkersError, WsiIdcError
+from wsi_idc.errors import ClusterError, UsageError, WorkersError
 from wsi_idc.work.jobs import Capacity, Job, Place
 from wsi_idc.work.places import hush
 
@@ -25,6 +26,8 @@ PACKAGES = ("wsi-idc", "dask", "distributed", "zarr", "numpy", "onnxruntime", "t
 """What must be the same everywhere: a map made by several workers is one result."""
 _LOOKED_AT = 3
 """Of the jobs: the first are what a worker is asked about."""
+_ANSWER_S = 60.0
+"""For a worker to answer before work begins, after those that were waited for have come."""
 _EVERY = 2.0
 """Seconds from one look at the cluster to the next."""
 
@@ -162,6 +165,7 @@ class ClusterPlace(Place):
         self._jobs: Sequence[Job] = ()
         self._seen: dict[str, Seen] = {}
         self._unfit: dict[str, list[str]] = {}
+        self._asked: set[str] = set()
         self._watched = self._peopled = time.monotonic()
 
     @property
@@ -179,17 +183,25 @@ class ClusterPlace(Place):
         self._jobs = jobs[:_LOOKED_AT]
         self._check_scheduler()
         need = max(1, self._gpus)
-        while len(slots := self._slots()) < need:
-            if time.monotonic() >= self._until:
-                what = f"{len(slots)} of {need} workers" if slots else "no worker"
+        while True:
+            fit = self._fit(self._slots())
+            late = time.monotonic() - self._until
+            if not self._asked and self._unfit:
+                self._refuse(self._unfit)
+            if not self._asked and len(fit) >= need:
+                break
+            if self._asked and late >= _ANSWER_S:
+                self._refuse({name: [f"no answer within {_ANSWER_S:g} s"] for name in sorted(self._asked)})
+            if not self._asked and late >= 0:
+                what = f"{len(fit)} of {need} workers" if fit else "no worker"
                 advice = "start workers, or wait longer (--wait)"
                 raise UsageError("--scheduler", f"{what} at {self._name} within {self._wait:g} s", advice)
-            time.sleep(0.2)
-        self._examine(list(slots))
-        if self._unfit:
-            faults = [f"worker {name}: {why}" for name, whys in self._unfit.items() for why in whys]
-            raise WorkersError(f"--scheduler {self._name}", faults)
-        self._measure(slots)
+            time.sleep(0.1)
+        self._measure(fit)
+
+    def _refuse(self, workers: Mapping[str, Sequence[str]]) -> NoReturn:
+        faults = [f"worker {name}: {why}" for name, whys in workers.items() for why in whys]
+        raise WorkersError(f"--scheduler {self._name}", faults)
 
     def watch(self) -> None:
         """See `Place.watch`: asks those who came, and counts who is there.
@@ -202,13 +214,9 @@ class ClusterPlace(Place):
             return
         self._watched = now
         try:
-            slots = self._slots()
-            self._examine([worker for worker in slots if worker not in self._seen and worker not in self._unfit])
-        except WsiIdcError:
-            raise
+            fit = self._fit(self._slots())
         except Exception as error:
             raise self.lost() from error
-        fit = {worker: count for worker, count in slots.items() if worker in self._seen}
         if fit:
             self._peopled = now
             self._measure(fit)
@@ -221,41 +229,60 @@ class ClusterPlace(Place):
         return {str(worker): int(count) for worker, count in self.client.nthreads().items()}
 
     def _check_scheduler(self) -> None:
+        """A scheduler unpickles what it is sent, so it needs the same Dask, and wsi-idc."""
+        advice = "give scheduler, workers and client the same environment"
         theirs = self.client.get_versions()["scheduler"]["packages"]["distributed"]
         ours = version("distributed")
         if theirs != ours:
-            advice = "give scheduler, workers and client the same environment"
             raise UsageError("--scheduler", f"{self._name} runs Dask {theirs}, this is {ours}", advice)
+        try:
+            found = self.client.run_on_scheduler(versions)["wsi-idc"]
+        except Exception as error:
+            raise UsageError("--scheduler", f"{self._name} has no wsi-idc ({_line(error)})", advice) from error
+        if found != versions()["wsi-idc"]:
+            raise UsageError("--scheduler", f"{self._name} has wsi-idc {found}, this is another", advice)
 
-    def _examine(self, workers: list[str]) -> None:
-        """Ask workers what they are, and note those that do not fit."""
-        if not workers:
-            return
+    def _fit(self, slots: Mapping[str, int]) -> dict[str, int]:
+        """Of the workers that are there, those that fit; those who came are asked."""
+        self._asked &= set(slots)
+        known = self._seen.keys() | self._unfit.keys() | self._asked
+        if new := [worker for worker in slots if worker not in known]:
+            self._asked |= set(new)
+            for worker in new:
+                # Each by itself: one that does not answer, for a mount that hangs, must not hold up the others.
+                threading.Thread(target=self._ask, args=(worker,), name="ask", daemon=True).start()
+        return {worker: count for worker, count in slots.items() if worker in self._seen}
+
+    def _ask(self, worker: str) -> None:
+        """Ask a worker what it is."""
+        try:
+            answers = self.client.run(look, self._jobs, gpu=self.capacity.gpu, workers=[worker], on_error="return")
+        except Exception as error:
+            answers = {worker: error}
+        self._judge(worker, answers.get(worker))
+        self._asked.discard(worker)
+
+    def _judge(self, worker: str, answer: object) -> None:
+        """Note whether a worker fits, by its answer."""
         from distributed.core import RPCClosed
 
-        answers = self.client.run(look, self._jobs, gpu=self.capacity.gpu, workers=workers, on_error="return")
         ours = versions()
-        for worker in workers:
-            answer = answers.get(worker)
-            if isinstance(answer, Seen):
-                why = [
-                    f"{name} {theirs}, here it is {ours[name]}"
-                    for name, theirs in answer.versions.items()
-                    if theirs != ours[name]
-                ]
-                why += answer.hindrances
-                if self.capacity.gpu and not answer.gpu:
-                    why.append("it sees no GPU; start it with one, or leave --gpus out")
-            elif isinstance(answer, Exception) and "ModuleNotFoundError" in repr(answer):
-                why = [f"wsi-idc cannot be imported there ({answer}); install the same environment"]
-            elif answer is None or isinstance(answer, OSError | RPCClosed):
-                continue  # It went while it was asked.
-            else:
-                why = [f"it cannot answer ({type(answer).__name__}: {answer})"]
-            if why:
-                self._unfit[worker] = why
-            else:
+        if isinstance(answer, Seen):
+            found = answer.versions.items()
+            why = [f"{name} {theirs}, here it is {ours[name]}" for name, theirs in found if theirs != ours[name]]
+            why += answer.hindrances
+            if self.capacity.gpu and not answer.gpu:
+                why.append("it sees no GPU; start it with one, or leave --gpus out")
+            if not why:
                 self._seen[worker] = answer
+        elif answer is None or isinstance(answer, OSError | RPCClosed):
+            return  # It went while it was asked.
+        elif "ModuleNotFoundError" in repr(answer):
+            why = [f"wsi-idc cannot be imported there ({_line(answer)}); install the same environment"]
+        else:
+            why = [f"it cannot answer ({type(answer).__name__}: {_line(answer)})"]
+        if why:
+            self._unfit[worker] = why
 
     def _measure(self, slots: Mapping[str, int]) -> None:
         """What is offered: tasks at once, and threads for each, such that no machine is asked for more than it has."""
@@ -267,9 +294,14 @@ class ClusterPlace(Place):
             tasks[seen.host] = tasks.get(seen.host, 0) + count
         threads = self._threads or max(1, min(len(cores[host]) // tasks[host] for host in cores))
         self.capacity = Capacity(len(slots), sum(slots.values()), threads, self._gpus > 0)
-        # A restriction costs Dask its queue: only where one that does not fit has come.
-        self.workers = list(slots) if self._unfit else None
+        # None but those who were asked: one that has just come would be given work before it has answered.
+        self.workers = list(slots)
 
     def lost(self) -> ClusterError:
         """See `Place.lost`."""
         return ClusterError(self._name, "the scheduler is lost", "what was complete is kept: start it, run it again")
+
+
+def _line(error: object) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())

@@ -252,14 +252,17 @@ def run_jobs(place: Place, jobs: Sequence[Job], listener: Listener) -> dict[str,
     try:
         drive = _Drive(place, topic, listener)
         for job in drive.run(jobs):
-            drive.run([job], last=True)
+            # Where it is only that its workers left, twice more; but that may be its own doing.
+            for forgiving in (True, True, False):
+                if not drive.run([job], alone=True, forgiving=forgiving):
+                    break
         return drive.outcomes
     finally:
         with contextlib.suppress(Exception):
             place.client.unsubscribe_topic(topic)
 
 
-_FEWER = "try fewer --workers"
+_LESS = "try fewer workers, or give each more memory"
 _FETCH_S = 10
 """To fetch the answer of a task that is done; answers are small."""
 
@@ -281,9 +284,15 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _Lost:
-    """A task whose answer does not count, and why: its job is run again by itself before it is called failed."""
+    """A task whose answer does not count, and why: its job is run again by itself before it is called failed.
+
+    Attributes:
+        why: in one line.
+        blame: whether the job may be the reason.
+    """
 
     why: str
+    blame: bool = True
 
 
 @dataclass(eq=False)
@@ -324,14 +333,21 @@ class _Drive:
     def __init__(self, place: Place, topic: str, listener: Listener) -> None:
         self._place, self._topic, self._listener = place, topic, listener
         self.outcomes: dict[str, Outcome] = {}
+        self._ends: WsiIdcError | None = None
+        """Why nothing more is begun."""
 
     def _end(self, job: Job, outcome: Outcome) -> None:
         """Note what became of a job, and tell it."""
         self.outcomes[job.job_id] = outcome
         self._listener.ended(job.job_id, outcome)
 
-    def run(self, jobs: Sequence[Job], *, last: bool = False) -> list[Job]:
-        """Run jobs; gives back those of which a task was lost, or where this is their last chance ends them too.
+    def run(self, jobs: Sequence[Job], *, alone: bool = False, forgiving: bool = True) -> list[Job]:
+        """Run jobs; gives back those that are to be tried again.
+
+        Args:
+            jobs: the jobs.
+            alone: whether each is by itself: then one of which a task was lost is failed, and else tried again.
+            forgiving: whether one that may not be to blame is tried again all the same.
 
         Raises:
             StoreWriteError, StoreBusyError, ClusterError: see `run_jobs`.
@@ -339,24 +355,24 @@ class _Drive:
         self._stages: dict[str, _Stage] = {}
         self._waiting, self._begun = deque(jobs), list[_Active]()
         suspects: list[Job] = []
-        ends: WsiIdcError | None = None
+        self._ends = None
         for active, index, value in self._answers():
             self._take(active, index, value)
             if active.failure and active.failure.ends:
-                ends = ends or active.failure.ends
+                self._ends = self._ends or active.failure.ends
                 self._waiting.clear()
                 for other in self._begun:
                     other.waiting.clear()
             # A broken job is settled when none of its tasks is left that could still write.
             if active.broken and not active.tasks:
                 self._begun.remove(active)
-                if active.failure is None and active.lost and not last:
+                if active.failure is None and active.lost and not (alone and (active.lost.blame or not forgiving)):
                     suspects.append(active.job)
                 else:
                     why = active.lost.why if active.lost else ""
-                    self._end(active.job, _fail(active.job, active.failure or _Failure(f"{why}, twice", _FEWER)))
-        if ends:
-            raise ends
+                    self._end(active.job, _fail(active.job, active.failure or _Failure(f"{why}, each time")))
+        if self._ends:
+            raise self._ends
         return suspects
 
     def _answers(self) -> Iterator[tuple[_Active, int | None, Any]]:
@@ -405,13 +421,13 @@ class _Drive:
         except TimeoutError:
             raise
         except KilledWorker:
-            return _Lost("its worker process died (killed, or out of memory)")
+            return _Lost(f"its worker process died (killed, or out of memory; {_LESS})")
         except CancelledError as error:
             if getattr(error, "reason", "") == "scheduler-connection-lost":
                 raise self._place.lost() from error
-            return _Lost("its task was cancelled")
+            return _Lost("its task was cancelled", blame=False)
         except Exception as error:
-            return _Lost(f"the worker's answer cannot be read ({type(error).__name__}: {error})")
+            return _Lost(f"the worker's answer cannot be read ({type(error).__name__}: {' '.join(str(error).split())})")
 
     def _take(self, active: _Active, index: int | None, value: Any) -> None:
         """Note what one task gave."""
@@ -429,7 +445,7 @@ class _Drive:
             self._begun.remove(active)
             self._end(active.job, value)
             return
-        if active.broken:
+        if active.broken or self._ends:
             active.waiting.clear()
         elif active.prepared and len(active.results) == len(active.prepared.blocks):
             results = [active.results[number] for number in range(len(active.results))]
@@ -512,7 +528,7 @@ def _failure(job: Job, error: Exception) -> _Failure:
         ends = error if isinstance(error, StoreBusyError) else None
         return _Failure(error.problem if known else f"{error.subject}: {error.problem}", error.advice, detail, ends)
     if isinstance(error, MemoryError):
-        return _Failure("out of memory", f"{_FEWER} or a smaller --batch-size", detail)
+        return _Failure("out of memory", f"{_LESS}, or a smaller --batch-size", detail)
     if isinstance(error, OSError):
         reason = system_reason(error)
         full: StoreWriteError | None = None
@@ -521,4 +537,6 @@ def _failure(job: Job, error: Exception) -> _Failure:
         elif isinstance(error, ObjectsError):
             full = StoreWriteError("the store", reason, "what was complete is kept, the same command goes on")
         return _Failure(reason, "", detail, full)
-    return _Failure(f"{type(error).__name__}: {error}", "this looks like a defect, please report it", detail)
+    return _Failure(
+        f"{type(error).__name__}: {' '.join(str(error).split())}", "this looks like a defect, please report it", detail
+    )
