@@ -1,18 +1,18 @@
 """Stage 2: from tiles to one probability map a slide."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from wsi_idc.errors import ModelError, StoreDamageError, UsageError
 from wsi_idc.model.bundle import SHIPPED, Form, LoadedBundle
-from wsi_idc.objects import is_url
 from wsi_idc.plan import Plan
 from wsi_idc.settings import InferSettings
-from wsi_idc.staging import stage_of
+from wsi_idc.sources import Url
+from wsi_idc.staging import Wanted, drop, stage_of
 from wsi_idc.store import Store, at_once, hold_store
 from wsi_idc.work.jobs import Listener, Outcome, Summary, carry_out
-from wsi_idc.work.score import ScoreJob, loaded
+from wsi_idc.work.score import ScoreJob, loaded, wanted
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class PlannedMaps:
         plans: slide id -> what was decided.
         refused: slide id -> why the model cannot score it.
         left_out: slides of the store whose tiles are not complete.
-        far: the URL of a slide that will have to be read; "" where there is none.
+        read: slide id -> what will have to be read of it, since the store does not hold its pixels.
     """
 
     plans: Mapping[str, Plan]
     refused: Mapping[str, str]
     left_out: Sequence[str] = ()
-    far: str = ""
+    read: Mapping[str, Sequence[Wanted]] = field(default_factory=dict)
 
 
 def plan_maps(
@@ -44,21 +44,20 @@ def plan_maps(
     _check_name(store, bundle, force=force)
     need = bundle.made_from(form)
 
-    def plan_one(name: str) -> tuple[Plan | None, ModelError | None, str]:
-        """What to do (None: nothing can be), why the model cannot, and where a slide is to be read that is far away."""
+    def plan_one(name: str) -> tuple[Plan | None, ModelError | None, list[Wanted]]:
+        """What to do (None: nothing can be), why the model cannot, and what will have to be read of the slide."""
         try:
             slide = store.slide(name) if only else store.look(name)[1]
             if slide is None:
-                return None, None, ""
+                return None, None, []
             bundle.check_fits(slide.spec)
         except ModelError as error:
-            return Plan("run", "the model does not fit its tiles"), error, ""
+            return Plan("run", "the model does not fit its tiles"), error, []
         except StoreDamageError as error:
             # Its job finds the same, names it, and hides the slide until it is cut again: the others go on.
-            return Plan("run", error.problem), None, ""
+            return Plan("run", error.problem), None, []
         plan = store.map(bundle.fields.name, name).plan(slide, need, force=force)
-        far = plan.action != "skip" and not slide.has_pixels and is_url(slide.path)
-        return plan, None, slide.path if far else ""
+        return plan, None, [] if plan.action == "skip" or slide.has_pixels else wanted(slide)
 
     names = sorted(set(only)) or store.all_slide_ids()
     found = dict(zip(names, at_once(plan_one, names), strict=True))
@@ -70,7 +69,7 @@ def plan_maps(
         plans,
         {name: str(error) for name, error in refused.items()},
         [name for name, (plan, _, _) in found.items() if plan is None],
-        next((far for _, _, far in found.values() if far), ""),
+        {name: read for name, (_, _, read) in found.items() if read},
     )
 
 
@@ -125,9 +124,10 @@ def infer(
         planned = plan_maps(held, bundle, form, only=only, force=force)
         name, need = bundle.fields.name, bundle.made_from(form)
         todo = [slide for slide, plan in planned.plans.items() if plan.action != "skip"]
-        if stage is None and planned.far:
+        far = next((read[0][0] for read in planned.read.values() if isinstance(read[0][0], Url)), None)
+        if stage is None and far is not None:
             advice = "give --stage DIR, a local folder that slides are copied to"
-            raise UsageError(planned.far, "lies in an object store, and the store has no pixels of it", advice)
+            raise UsageError(far, "lies in an object store, and the store has no pixels of it", advice)
         if todo:
             held.put_model(name, {"model": name, "files": sorted(bundle.digests())})
         folder = None if bundle.folder == SHIPPED else bundle.folder.absolute()
@@ -144,8 +144,8 @@ def infer(
         try:
             summary = carry_out(place, planned.plans, jobs, told)
         finally:
-            for job in jobs if stage is not None else []:
-                job.drop()
+            for read in planned.read.values():
+                drop(stage, read)
         count = len(planned.left_out)
         note = f"{count} slide{'s' if count != 1 else ''} without complete tiles left out: see wsi-idc status"
         notes = (*((note,) if count else ()), *summary.notes)

@@ -39,7 +39,7 @@ def put_slide(store, name="a", count=3):
     shard = tiles_per_shard(8)
     parts = iter([pixels[start : start + shard] for start in range(0, count, shard)])
     checksums = {
-        "tiles": [checksum for _, checksum in write_shards(node, 0, parts)],
+        "tiles": [checksum for _, checksum in write_shards(node, attempt, 0, parts)],
         "cell": node.put("cell", np.zeros((count, 2), np.int32), ("tile", "axis")),
     }
     node.commit(attributes(tiles=count, checksums=checksums), attempt)
@@ -99,6 +99,17 @@ def test_a_task_that_was_overtaken_commits_nothing(store):
     with pytest.raises(OvertakenError):
         node.commit(attributes(tiles=1), slow)
     assert store.slide("a").count == 2
+
+
+def test_a_task_that_was_overtaken_writes_no_shard_more(store):
+    node = store.slide_node("a")
+    slow = node.begin()
+    create_tiles(node, SPEC, 3)
+    node.begin()
+    create_tiles(node, SPEC, 3)
+    with pytest.raises(OvertakenError):
+        list(write_shards(node, slow, 0, iter([np.ones((3, 8, 8, 3), np.uint8)])))
+    assert not node.array("tiles")[...].any()
 
 
 def test_a_task_that_is_begun_again_writes_and_commits_the_same_again(store):

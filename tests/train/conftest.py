@@ -55,7 +55,7 @@ def store_maker(folder: Path) -> MakeStore:
                 shards = [pixels[start : start + step] for start in range(0, tiles, step)]
                 cell = np.stack([np.zeros(tiles, np.int32), np.arange(tiles, dtype=np.int32)], 1)
                 checksums = {
-                    "tiles": [checksum for _, checksum in write_shards(node, 0, iter(shards))],
+                    "tiles": [checksum for _, checksum in write_shards(node, attempt, 0, iter(shards))],
                     "idc": node.put("idc", part, ("tile",)),
                     "cell": node.put("cell", cell, ("tile", "axis")),
                 }

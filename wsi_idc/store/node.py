@@ -145,6 +145,18 @@ class Node:
         self.backing.write(self._key, group_document({"attempt": attempt}))
         return attempt
 
+    def check(self, attempt: str) -> None:
+        """Ask, before much is written, whether it still is this attempt's to write: a task of a run that was killed
+        goes on where it runs, and another run may have begun the group since.
+
+        Raises:
+            StoreBusyError: another run has taken the store over.
+            OvertakenError: another task has begun the group again.
+        """
+        self._check()
+        if self.record().attempt != attempt:
+            raise OvertakenError(self.name, "another task began it again")
+
     def create(
         self,
         name: str,

@@ -166,14 +166,14 @@ class ObjectBacking:
         """Put a whole object: as it is, where there is none ("create"), or in the place of the one that `_get` told of.
 
         Raises:
-            AlreadyExistsError, PreconditionError: the condition did not hold.
+            AlreadyExistsError, PreconditionError: the condition did not hold. NotSupportedError: there are none.
         """
         if not isinstance(mode, str):
             mode = {name: mode[name] for name in ("e_tag", "version") if mode[name] is not None}
         with _asking(self._url):
             try:
                 return obstore.put(self._objects, key, content, mode=mode, use_multipart=len(content) > _ONE_PUT_BYTES)
-            except (AlreadyExistsError, PreconditionError) as error:
+            except (AlreadyExistsError, PreconditionError, NotSupportedError) as error:
                 if mode == "overwrite":
                     raise
                 refused = error

@@ -67,19 +67,26 @@ def create_tiles(node: Node, spec: TileSpec, count: int) -> None:
     node.create("tiles", shape, np.uint8, axes=AXES, chunks=(chunk, *shape[1:]), shards=(shard, *shape[1:]))
 
 
-def write_shards(node: Node, start: int, shards: Iterator[NDArray[np.uint8]]) -> Iterator[tuple[int, str]]:
+def write_shards(
+    node: Node, attempt: str, start: int, shards: Iterator[NDArray[np.uint8]]
+) -> Iterator[tuple[int, str]]:
     """Write whole shards one after the other.
 
     Args:
         node: the slide's group.
+        attempt: what its `begin` gave.
         start: the first tile, a multiple of the shard's tiles.
         shards: uint8 (m, size, size, 3), each a shard; the slide's last may be shorter.
 
     Yields:
         tiles written, and the checksum of their pixels.
+
+    Raises:
+        StoreBusyError, OvertakenError: see `Node.check`.
     """
     array = node.array("tiles", writable=True)
     for tiles in shards:
+        node.check(attempt)
         array[start : start + len(tiles)] = tiles
         start += len(tiles)
         yield len(tiles), checksum(tiles)

@@ -247,7 +247,7 @@ class CutJob:
 
         checksums = []
         with at_hand(self.stage, self._wanted(info["made_from"])) as files:
-            for count, checksum in write_shards(node, block.start, shards(files[self.row.path])):
+            for count, checksum in write_shards(node, info["attempt"], block.start, shards(files[self.row.path])):
                 checksums.append(checksum)
                 work.report(count)
         return {"checksums": checksums, "blur": np.concatenate(blur), "pen": np.concatenate(pen)}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,6 @@ from wsi_idc.errors import (
     SlideError,
     StoreDamageError,
     StoreError,
-    WsiIdcError,
 )
 from wsi_idc.model.bundle import SHIPPED, Bundle, Form, read_bundle
 from wsi_idc.slides import Slide, open_slide
@@ -124,7 +123,7 @@ class ScoreJob:
             return
         made_from = slide.made_from
         try:
-            with at_hand(self.stage, _wanted(slide)) as files:
+            with at_hand(self.stage, wanted(slide)) as files:
                 path = files[source_of(slide.path)]
                 yield lambda: open_slide(path, made_from["slide um/px"], made_from["reader"])
         except ChangedError as error:
@@ -154,7 +153,7 @@ class ScoreJob:
         with self._watched() as slide:
             cells = slide.cell
             if not slide.has_pixels:
-                drop(self.stage, _wanted(slide))
+                drop(self.stage, wanted(slide))
         if not results:
             results = [np.zeros((0, *loaded(self._folder, self.form, work.capacity.threads).per_tile), np.float32)]
         probability = np.concatenate(results)
@@ -196,13 +195,6 @@ class ScoreJob:
         node.commit({"ome": ngff_image(slide, fields, image.ndim), **about, "complete": complete}, attempt)
         return Outcome("done", tiles=prepared.tiles)
 
-    def drop(self) -> None:
-        """Delete what was copied for it on this host."""
-        with suppress(OSError, WsiIdcError):
-            slide = self._store.slide(self.slide_id)
-            if not slide.has_pixels:
-                drop(self.stage, _wanted(slide))
-
     def hindrances(self) -> list[str]:
         """See `Job.hindrances`."""
         found = [*unseen_store(self.ticket), *unusable(self.stage)]
@@ -227,14 +219,14 @@ class ScoreJob:
         self._node.fail(reason)
 
 
-def _wanted(slide: StoredSlide) -> list[Wanted]:
+def wanted(slide: StoredSlide) -> list[Wanted]:
     """The file of a slide whose pixels are not in the store, as it was when it was extracted."""
     return [(source_of(slide.path), slide.made_from["source"])]
 
 
 def _check_source(slide: StoredSlide) -> None:
     """Refuse a slide file that is no longer the one whose tissue was found."""
-    ((source, content),) = _wanted(slide)
+    ((source, content),) = wanted(slide)
     try:
         same = fingerprint(source) == content
     except OSError as error:
