@@ -78,7 +78,7 @@ def records(store):
     paths = [f"slides/{name}" for name in store.all_slide_ids()]
     paths += [f"maps/mean/{name}" for name in store.all_slide_ids()]
     found = {path: json.loads(store.backing.read(f"{path}/zarr.json"))["attributes"] for path in paths}
-    return {path: {**attributes, "attempt": None} for path, attributes in found.items()}
+    return {path: {**attributes, "attempt": None, "committed": None} for path, attributes in found.items()}
 
 
 def test_every_command_does_on_s3_what_it_does_in_a_folder(wsi_idc, here, objects, cohort, bundle, tmp_path):

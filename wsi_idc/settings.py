@@ -18,6 +18,7 @@ LastTile = Literal["keep", "drop"]
 Reader = Literal["auto", "openslide", "tiatoolbox"]
 EmptyAnnotation = Literal["unknown", "negative"]
 Precision = Literal["auto", "float32", "int8"]
+ExportFormat = Literal["csv", "parquet"]
 
 CONTENT: dict[str, Any] = {"kind": "content"}
 RUNTIME: dict[str, Any] = {"kind": "runtime"}
@@ -110,6 +111,14 @@ class InferSettings(PlaceSettings, StageSettings):
 
     precision: Annotated[Precision, Field(json_schema_extra=CONTENT)] = "auto"
     batch_size: Annotated[int, Field(ge=1, le=4096, json_schema_extra=RUNTIME)] = 64
+
+
+class ExportSettings(Settings):
+    """Everything that `export` can be told, besides the model."""
+
+    formats: Annotated[tuple[ExportFormat, ...], Field(min_length=1, json_schema_extra=RUNTIME)] = ("csv",)
+    out: Annotated[Path, Field(json_schema_extra=RUNTIME)] = Path("export")
+    threshold: Annotated[float | None, Field(gt=0.0, lt=1.0, json_schema_extra=CONTENT)] = None
 
 
 _Kind = TypeVar("_Kind", bound=Settings)

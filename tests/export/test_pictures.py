@@ -6,20 +6,6 @@ from PIL import Image
 
 from wsi_idc.errors import UsageError
 from wsi_idc.export.pictures import draw_map
-from wsi_idc.extract import extract
-from wsi_idc.infer import infer
-from wsi_idc.manifest import read_manifest
-from wsi_idc.model.bundle import read_bundle
-from wsi_idc.settings import ExtractSettings, InferSettings
-from wsi_idc.store import open_store
-
-
-@pytest.fixture
-def store(slides, bundle, recorder):
-    path = slides.parent / "tiles.zarr"
-    extract(read_manifest(slides), path, ExtractSettings(), listener=recorder)
-    infer(path, read_bundle(bundle), InferSettings(), listener=recorder)
-    return open_store(path)
 
 
 def test_a_map_is_drawn_beside_its_slide(store, tmp_path):

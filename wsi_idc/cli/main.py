@@ -15,6 +15,7 @@ import typer
 from wsi_idc import USE, __version__
 from wsi_idc.cli.demo import demo
 from wsi_idc.cli.evaluate import evaluate
+from wsi_idc.cli.export import export
 from wsi_idc.cli.extract import extract
 from wsi_idc.cli.infer import infer
 from wsi_idc.cli.info import info
@@ -38,6 +39,7 @@ app.command("extract")(extract)
 app.command("infer")(infer)
 app.command("train")(train)
 app.command("evaluate")(evaluate)
+app.command("export")(export)
 app.command("status")(status)
 app.command("manifest")(make_manifest)
 app.command("info")(info)

@@ -172,9 +172,19 @@ class Bundle(_Part):
         if index is None:
             problem = f"positive: says not which of {len(self.classes)} classes is thresholded and evaluated"
             raise ModelError(self.name, problem, "add positive and threshold to its bundle.json")
-        if probability.ndim == 2:
-            return probability[:, index]
-        return probability if index == 1 else 1 - probability
+        return of_class(probability, index)
+
+
+def of_class(probability: "NDArray[np.float32]", index: int) -> "NDArray[np.float32]":
+    """The probability of one class: float32 (n,).
+
+    Args:
+        probability: as a model gives it: float32 (n,) of the second of two classes, or (n, k).
+        index: the class's place.
+    """
+    if probability.ndim == 2:
+        return probability[:, index]
+    return probability if index == 1 else 1 - probability
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
@@ -237,7 +238,7 @@ class Node:
     def commit(self, attributes: Mapping[str, Any], attempt: str) -> None:
         """Make the result visible: `attributes`, with `complete` in it, in one atomic write after all else is flushed.
 
-        The record is marked with the format.
+        The record is marked with the format, the group with the time.
 
         Args:
             attributes: the group's.
@@ -248,7 +249,8 @@ class Node:
             OvertakenError: another task has begun the group again: its arrays may be half written by now.
         """
         complete = {"format": FORMAT, **attributes["complete"]}
-        document = group_document({**attributes, "attempt": attempt, "complete": complete})
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        document = group_document({**attributes, "attempt": attempt, "committed": now, "complete": complete})
         self.backing.flush(self.path)
         self._check()
         begun = group_document({"attempt": attempt})

@@ -1,0 +1,312 @@
+"""Results as files that other programs read: one a slide and format, written anew where its reasons changed.
+
+    OUT/<format>/<slide_id><suffix>       a file or a folder
+    OUT/slides.csv, OUT/slides.parquet    a row a slide
+    OUT/exported.json                     what each was made from
+
+The store is the truth and `exported.json` only saves work: a file that is gone, or not of the size that stands there,
+is written again. Files that no current map stands behind are named and left where they are.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from wsi_idc import __version__
+from wsi_idc.digests import digest
+from wsi_idc.errors import SlideError, StoreBusyError, StoreWriteError, UsageError, system_advice, system_reason
+from wsi_idc.files import write_whole
+from wsi_idc.plan import Plan, plan
+from wsi_idc.results import Absent, Choice, Result, choose_model, look_at_all
+from wsi_idc.settings import ExportFormat, ExportSettings
+from wsi_idc.store import open_store
+from wsi_idc.work.jobs import Listener, Outcome, Summary
+
+INDEX = "exported.json"
+
+
+class Format(Protocol):
+    """A module of this package that writes one format.
+
+    Attributes:
+        SUFFIX: of its files' or folders' names.
+        VERSION: another one where the same result would give another file.
+    """
+
+    SUFFIX: str
+    VERSION: int
+
+    def write(self, result: Result, path: Path) -> list[str]:
+        """Write a slide's result to a path where nothing is; gives warnings.
+
+        Raises:
+            SlideError: it cannot be had in this format.
+            OSError: it cannot be written.
+        """
+
+
+_MODULES: Mapping[ExportFormat, str] = {"csv": "tile_csv", "parquet": "tile_parquet"}
+FORMATS = tuple(_MODULES)
+
+
+def format_of(name: ExportFormat) -> Format:
+    """The module that writes a format."""
+    return cast(Format, import_module(f"wsi_idc.export.{_MODULES[name]}"))
+
+
+def export(
+    address: str | Path,
+    model: str | None,
+    settings: ExportSettings,
+    *,
+    only: Sequence[str] = (),
+    force: bool = False,
+    listener: Callable[[Sequence[str]], Listener],
+) -> Summary:
+    """Bring the files of every slide with a current map up to it.
+
+    A slide whose tiles are complete and that has no current map is a failure, by name: what is there of it is not shown
+    as its result. Slides without tiles are counted in a note.
+
+    Args:
+        address: the store's.
+        model: whose maps, as `choose_model` takes it.
+        settings: which formats, where, which threshold.
+        only: slide ids to which it is limited; all where empty.
+        force: write again what is up to date.
+        listener: is given the slides that are looked at, and gives back what is told of their progress.
+
+    Raises:
+        UsageError: there is no map, or the folder cannot be written.
+        StoreBusyError: another run writes there.
+        StoreWriteError: the folder's disk is full or takes no writes.
+    """
+    start = time.monotonic()
+    store = open_store(address)
+    choice = choose_model(store, model)
+    names = [name for name in store.all_slide_ids() if not only or name in only]
+    told = listener(names)
+    plans: dict[str, Plan] = {}
+    outcomes: dict[str, Outcome] = {}
+    untiled = 0
+    with _held(settings.out):
+        index = _Index(settings.out)
+        rows = []
+        try:
+            for found in look_at_all(store, choice, only, settings.threshold):
+                name = found.slide_id
+                if isinstance(found, Absent):
+                    rows.append(_absent_row(found, choice))
+                    if found.kind == "not extracted":
+                        untiled += 1
+                        continue
+                    plans[name] = Plan("run", str(found))
+                    outcomes[name] = Outcome("failed", reason=str(found) + index.left_behind(name))
+                    told.ended(name, outcomes[name])
+                    continue
+                plans[name], outcome, row = _one_slide(found, settings, index, force=force)
+                rows.append(row)
+                if outcome is not None:
+                    outcomes[name] = outcome
+                    told.ended(name, outcome)
+            notes = _write_slides(settings, rows, whole=not only)
+        finally:
+            index.write()
+    if untiled:
+        notes.append(
+            f"{untiled} slide{'s' if untiled != 1 else ''} without complete tiles left out: see wsi-idc status"
+        )
+    return Summary(plans, outcomes, time.monotonic() - start, tuple(notes))
+
+
+def _one_slide(
+    result: Result, settings: ExportSettings, index: "_Index", *, force: bool
+) -> tuple[Plan, Outcome | None, dict[str, Any]]:
+    """What was to be done with a slide, what became of it, and its row."""
+    from wsi_idc.export.tables import slide_row
+
+    name, need = result.slide_id, _made_from(result)
+    decided: dict[ExportFormat, Plan] = {}
+    for kind in settings.formats:
+        decided[kind] = plan({**need, "format": format_of(kind).VERSION}, index.made_from(name, kind), force=force)
+    todo = {kind: one for kind, one in decided.items() if one.action != "skip"}
+    row = index.row(name, need)
+    if not todo and row is not None:
+        return Plan("skip", "already done"), None, row
+    first = next(iter(todo.values()), Plan("run", "new"))
+    warnings: list[str] = []
+    try:
+        for kind in todo:
+            warnings += _write_one(result, kind, settings.out)
+            index.put(name, kind, {**need, "format": format_of(kind).VERSION})
+        row = slide_row(result)
+        index.put_row(name, need, row)
+    except SlideError as error:
+        row = _absent_row(Absent(name, "damaged", error.problem, result.slide), Choice(result.model))
+        return first, Outcome("failed", reason=str(error)), row
+    return first, Outcome("done", tiles=result.slide.count, warnings=tuple(warnings)), row
+
+
+def _made_from(result: Result) -> dict[str, Any]:
+    """What files of a result are made from, by the names that a user is told."""
+    tiles = {name: result.slide.attributes.get(name) for name in ("patient_id", "split", "label", "path", "origin")}
+    return {
+        "map": digest([result.model, (result.map.record.complete or {}).get("checksums"), result.map.record.made_from]),
+        "slide": digest([tiles, result.slide.attributes["complete"]["checksums"]]),
+        "threshold": result.threshold,
+        "wsi-idc": __version__,
+    }
+
+
+def _write_one(result: Result, kind: ExportFormat, out: Path) -> list[str]:
+    """Write one file beside its place, and put it there when it is whole."""
+    module = format_of(kind)
+    path = out / kind / f"{result.slide_id}{module.SUFFIX}"
+    beside = path.with_name(f".part-{path.name}")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(beside)
+    try:
+        with _writing(path):
+            warnings = module.write(result, beside)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            beside.replace(path)
+        return warnings
+    finally:
+        with _writing(path):
+            _remove(beside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Around writes: what the system refuses ends the export, since the next slide meets the same.
+
+    Raises:
+        StoreWriteError: it refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        advice = system_advice(error) or "choose another --out"
+        raise StoreWriteError(path, f"cannot be written ({system_reason(error)})", advice) from error
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """The folder, made if there is none, which no other run writes meanwhile.
+
+    Raises:
+        UsageError: it cannot be written.
+        StoreBusyError: another run writes there.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise StoreBusyError(out, "another run writes there", "wait for it, or use another --out") from error
+    except OSError as error:
+        raise UsageError(out, f"cannot be written ({system_reason(error)})", "choose another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass
+class _Index:
+    """What stands in `exported.json`: slide id -> format -> what the file was made from, and its size."""
+
+    out: Path
+
+    def __post_init__(self) -> None:
+        try:
+            found = json.loads((self.out / INDEX).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            found = {}
+        self._slides: dict[str, Any] = found if isinstance(found, dict) else {}
+
+    def _path(self, name: str, kind: ExportFormat) -> Path:
+        return self.out / kind / f"{name}{format_of(kind).SUFFIX}"
+
+    def _entry(self, name: str, kind: str) -> dict[str, Any]:
+        slide = self._slides.get(name)
+        entry = slide.get(kind) if isinstance(slide, dict) else None
+        return entry if isinstance(entry, dict) else {}
+
+    def made_from(self, name: str, kind: ExportFormat) -> dict[str, Any] | None:
+        """What a file that is there was made from; None where it is not, or not as it was written."""
+        entry = self._entry(name, kind)
+        try:
+            same = _size(self._path(name, kind)) == entry.get("bytes")
+        except OSError:
+            same = False
+        made_from = entry.get("made from")
+        return made_from if same and isinstance(made_from, dict) else None
+
+    def put(self, name: str, kind: ExportFormat, made_from: Mapping[str, Any]) -> None:
+        """A file was written."""
+        entry = {"made from": dict(made_from), "bytes": _size(self._path(name, kind))}
+        self._slides.setdefault(name, {})[kind] = entry
+
+    def row(self, name: str, need: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The slide's row, where it was made from the same."""
+        entry = self._entry(name, "row")
+        return entry.get("row") if entry.get("made from") == need else None
+
+    def put_row(self, name: str, need: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+        """Keep a slide's row."""
+        self._slides.setdefault(name, {})["row"] = {"made from": dict(need), "row": dict(row)}
+
+    def left_behind(self, name: str) -> str:
+        """Words about files of a slide that are of an older map; "" where there are none."""
+        kinds = [kind for kind in FORMATS if self.made_from(name, kind) is not None]
+        return f"; what {' and '.join(kinds)} have of it is of an older map" if kinds else ""
+
+    def write(self) -> None:
+        """Put it in its place."""
+        with _writing(self.out / INDEX):
+            write_whole(self.out / INDEX, json.dumps(self._slides).encode())
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size
+
+
+def _absent_row(absent: Absent, choice: Choice) -> dict[str, Any]:
+    from wsi_idc.export.tables import absent_row
+
+    return absent_row(absent, choice.model)
+
+
+def _write_slides(settings: ExportSettings, rows: Sequence[Mapping[str, Any]], *, whole: bool) -> list[str]:
+    """The tables of a row a slide, beside the formats that have tables; gives notes."""
+    from wsi_idc.export.tables import SLIDE_TABLES, write_slides
+
+    kinds = [kind for kind in settings.formats if kind in SLIDE_TABLES]
+    if not whole:
+        return [f"slides.{kind} is not written with --only: it has a row a slide" for kind in kinds]
+    for kind in kinds:
+        path = settings.out / f"slides.{kind}"
+        with _writing(path):
+            write_slides(kind, rows, path)
+    return []
