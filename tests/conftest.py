@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -63,6 +64,20 @@ def published_model(shared_data: Path) -> Path:
     if not place.is_dir():
         pytest.skip("the published model is not beside the real data")
     return place
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium, headless, driven by playwright."""
+    found = shutil.which("chromium")
+    if found is None:
+        pytest.skip("no Chromium is here: install Debian's package chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 class Objects:

@@ -23,6 +23,7 @@ from wsi_idc.cli.manifest import make_manifest
 from wsi_idc.cli.options import current_console
 from wsi_idc.cli.status import status
 from wsi_idc.cli.train import train
+from wsi_idc.cli.view import view
 from wsi_idc.errors import WsiIdcError, system_reason
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ app.command("infer")(infer)
 app.command("train")(train)
 app.command("evaluate")(evaluate)
 app.command("export")(export)
+app.command("view")(view)
 app.command("status")(status)
 app.command("manifest")(make_manifest)
 app.command("info")(info)
