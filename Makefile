@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types format bench bench-cluster lock clean
+.PHONY: help setup demo test test-slow lint types format docs bench bench-cluster lock clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,14 +30,17 @@ test: $(STAMP)  ## Run the tests
 test-slow: $(STAMP)  ## Run the tests that take minutes too
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-lint: $(STAMP)  ## Check style, and that imports go downwards only
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache
+lint: $(STAMP)  ## Check style, the Dockerfile, and that imports go downwards only
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache && $(BIN)/hadolint Dockerfile
 
 types: $(STAMP)  ## Check types
 	$(BIN)/mypy
 
 format: $(STAMP)  ## Put the code in style
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs: $(STAMP)  ## Build the documentation site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(STAMP)  ## Time wsi-idc against tiatoolbox's PatchPredictor on one slide
 	$(BIN)/python tests/bench.py
