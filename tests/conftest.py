@@ -370,5 +370,6 @@ def make():
         damage = staticmethod(damage)
         write_bundle = staticmethod(write_bundle)
         pixels_of = staticmethod(pixels_of)
+        recorder = Recorder
 
     return Makers

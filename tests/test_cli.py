@@ -14,7 +14,7 @@ import pytest
 
 from wsi_idc.settings import ExtractSettings, InferSettings
 
-COMMANDS = ("extract", "infer", "train", "evaluate", "status", "manifest", "info", "demo")
+COMMANDS = ("extract", "infer", "train", "evaluate", "status", "manifest", "info", "demo", "verify", "prune", "doctor")
 HEAVY = ("torch", "tiatoolbox", "zarr", "dask", "distributed", "onnxruntime", "matplotlib", "scipy", "pydantic")
 
 
@@ -82,7 +82,7 @@ def test_the_way_from_a_manifest_to_maps(wsi_idc, slides, bundle):
 def test_status_of_a_manifest_has_slides_that_were_never_tried(wsi_idc, slides):
     folder = slides.parent
     wsi_idc("extract", slides, "--only", "a", cwd=folder)
-    states = [json.loads(line) for line in wsi_idc("status", slides, "--json", cwd=folder).stdout.splitlines()]
+    states = [json.loads(line) for line in wsi_idc("status", slides, "--json", cwd=folder).stdout.splitlines()][:-1]
     assert [(state["slide_id"], state["extracted"], state["tiles"]) for state in states] == [
         ("a", "yes", 24),
         ("b", "no", None),
@@ -244,7 +244,7 @@ def test_a_run_that_is_killed_leaves_a_store_that_the_next_run_completes(wsi_idc
     done = wsi_idc("extract", "m.csv", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     whole = [json.loads(line) for line in wsi_idc("status", "--json", cwd=tmp_path).stdout.splitlines()]
-    assert [state["extracted"] for state in whole] == ["yes"] * 6
+    assert [state["extracted"] for state in whole[:-1]] == ["yes"] * 6
     assert not list((tmp_path / "tiles.zarr").rglob("*.partial"))
 
 
@@ -285,7 +285,7 @@ def test_info_says_what_a_slide_is(wsi_idc, slides):
 def test_a_defect_is_one_line_and_the_traceback_is_there_for_those_who_ask(slides, monkeypatch, capsys):
     from wsi_idc import cli, status
 
-    monkeypatch.setattr(status, "slide_states", lambda *_: 1 / 0)
+    monkeypatch.setattr(status, "store_state", lambda *_: 1 / 0)
     with pytest.raises(SystemExit) as end:
         cli.main(["status"])
     assert end.value.code == 1
@@ -311,7 +311,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_loses_nothing_that_was_done(
     assert "Traceback" not in done.stderr
     states = {
         state["slide_id"]: state
-        for state in map(json.loads, wsi_idc("status", "--json", cwd=folder).stdout.splitlines())
+        for state in map(json.loads, wsi_idc("status", "--json", cwd=folder).stdout.splitlines()[:-1])
     }
     assert states["a"]["extracted"] == "yes"
     assert states["b"]["extracted"] != "yes"

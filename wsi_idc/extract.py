@@ -14,6 +14,7 @@ from wsi_idc.staging import stage_of
 from wsi_idc.store import Record, Store, at_once, hold_store
 from wsi_idc.work.cut import CutJob, Seen, describe, made_from
 from wsi_idc.work.jobs import Listener, Summary, carry_out
+from wsi_idc.work.telling import Telling
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ def extract(
         jobs = [CutJob(slide.row, held.ticket, cut, slide.made_from, stage, slide.seen) for slide in todo]
         plans = {slide.row.slide_id: slide.plan for slide in planned}
         try:
-            summary = carry_out(place, plans, jobs, listener([job.job_id for job in jobs]))
+            names = [job.job_id for job in jobs]
+            summary = carry_out(place, plans, jobs, Telling(held, "extract", names, listener(names)))
         finally:
             for job in jobs if stage is not None else []:
                 job.drop()

@@ -1,6 +1,6 @@
 """Stage 2: from tiles to one probability map a slide."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from wsi_idc.staging import Wanted, drop, stage_of
 from wsi_idc.store import Store, at_once, hold_store
 from wsi_idc.work.jobs import Listener, Outcome, Summary, carry_out
 from wsi_idc.work.score import ScoreJob, loaded, wanted
+from wsi_idc.work.telling import Telling
 
 
 @dataclass(frozen=True)
@@ -22,25 +23,44 @@ class PlannedMaps:
     Attributes:
         plans: slide id -> what was decided.
         refused: slide id -> why the model cannot score it.
-        left_out: slides of the store whose tiles are not complete.
+        left_out: slides whose tiles are not complete.
+        unlisted: slides of the store that are not in the manifest.
         read: slide id -> what will have to be read of it, since the store does not hold its pixels.
     """
 
     plans: Mapping[str, Plan]
     refused: Mapping[str, str]
     left_out: Sequence[str] = ()
+    unlisted: Sequence[str] = ()
     read: Mapping[str, Sequence[Wanted]] = field(default_factory=dict)
 
 
 def plan_maps(
-    store: Store, bundle: LoadedBundle, form: Form, *, only: Sequence[str] = (), force: bool = False
+    store: Store,
+    bundle: LoadedBundle,
+    form: Form,
+    *,
+    only: Sequence[str] = (),
+    listed: Collection[str] | None = None,
+    force: bool = False,
 ) -> PlannedMaps:
-    """What to do with every slide whose tiles are complete, or with those of `only`.
+    """What to do with every slide whose tiles are complete, or with those of `only`, or with those of a manifest.
+
+    Args:
+        store: where they are.
+        bundle: the model.
+        form: in which it runs.
+        only: slide ids to which it is limited; all where empty.
+        listed: the slide ids of the manifest, where one is given: other slides of the store are left out.
+        force: do again what is up to date.
 
     Raises:
         ModelError: the model fits no slide, or the store has maps by another model of that name.
         StoreError: one of `only` is not extracted.
+        UsageError: one of `only` is not in the manifest.
     """
+    if listed is not None and (strange := sorted(set(only) - set(listed))):
+        raise UsageError(f"--only {strange[0]}", "no such slide_id in the manifest", "correct it, or leave one out")
     _check_name(store, bundle, force=force)
     need = bundle.made_from(form)
 
@@ -59,7 +79,11 @@ def plan_maps(
         plan = store.map(bundle.fields.name, name).plan(slide, need, force=force)
         return plan, None, [] if plan.action == "skip" or slide.has_pixels else wanted(slide)
 
-    names = sorted(set(only)) or store.all_slide_ids()
+    names, unlisted = sorted(set(only)), list[str]()
+    if not only:
+        names = store.all_slide_ids()
+        if listed is not None:
+            names, unlisted = sorted(set(listed)), sorted(set(names) - set(listed))
     found = dict(zip(names, at_once(plan_one, names), strict=True))
     plans = {name: plan for name, (plan, _, _) in found.items() if plan is not None}
     refused = {name: error for name, (_, error, _) in found.items() if error is not None}
@@ -69,6 +93,7 @@ def plan_maps(
         plans,
         {name: str(error) for name, error in refused.items()},
         [name for name, (plan, _, _) in found.items() if plan is None],
+        unlisted,
         {name: read for name, (_, _, read) in found.items() if read},
     )
 
@@ -90,6 +115,7 @@ def infer(
     settings: InferSettings,
     *,
     only: Sequence[str] = (),
+    listed: Collection[str] | None = None,
     force: bool = False,
     listener: Callable[[Sequence[str]], Listener],
 ) -> Summary:
@@ -100,6 +126,7 @@ def infer(
         bundle: the model.
         settings: how.
         only: slide ids to which it is limited; all where empty.
+        listed: the slide ids of the manifest, where one is given: other slides of the store are left out.
         force: do again what is up to date, and replace maps by another model of that name.
         listener: is given the slides that will be run, and gives back what is told of their progress.
 
@@ -109,7 +136,8 @@ def infer(
         StoreBusyError: another run holds it.
         StoreWriteError: its disk is full.
         ClusterError: the cluster where it runs is lost.
-        UsageError: a slide lies in an object store, its pixels are not in the store, and there is no stage.
+        UsageError: one of `only` is not in the manifest; or a slide lies in an object store, its pixels are not in the
+            store, and there is no stage.
     """
     from wsi_idc.work import places
 
@@ -121,7 +149,7 @@ def infer(
         # With the threads that a task will have: in this process it is then loaded already when the first one runs.
         loaded(bundle.folder, form, places.threads_of(settings.workers, settings.threads))
     with hold_store(store) as held:
-        planned = plan_maps(held, bundle, form, only=only, force=force)
+        planned = plan_maps(held, bundle, form, only=only, listed=listed, force=force)
         name, need = bundle.fields.name, bundle.made_from(form)
         todo = [slide for slide, plan in planned.plans.items() if plan.action != "skip"]
         far = next((read[0][0] for read in planned.read.values() if isinstance(read[0][0], Url)), None)
@@ -136,7 +164,7 @@ def infer(
             for slide in todo
             if slide not in planned.refused
         ]
-        told = listener(todo)
+        told = Telling(held, "infer", todo, listener(todo))
         refused = {}
         for slide, reason in planned.refused.items():
             refused[slide] = Outcome("failed", reason=reason)
@@ -146,7 +174,17 @@ def infer(
         finally:
             for read in planned.read.values():
                 drop(stage, read)
-        count = len(planned.left_out)
-        note = f"{count} slide{'s' if count != 1 else ''} without complete tiles left out: see wsi-idc status"
-        notes = (*((note,) if count else ()), *summary.notes)
+        notes = (*_left_out(planned), *summary.notes)
         return replace(summary, outcomes={**refused, **summary.outcomes}, notes=notes)
+
+
+def _left_out(planned: PlannedMaps) -> list[str]:
+    """Lines on slides of the store that get no map."""
+    notes = []
+    for names, what, see in (
+        (planned.left_out, "without complete tiles", "wsi-idc status"),
+        (planned.unlisted, "no longer in the manifest", "wsi-idc prune"),
+    ):
+        if names:
+            notes.append(f"{len(names):,} slide{'s' if len(names) != 1 else ''} {what} left out: see {see}")
+    return notes

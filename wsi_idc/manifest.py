@@ -82,7 +82,7 @@ class Table:
     rows: list[tuple[int, dict[str, str]]]
 
 
-def read_manifest(path: str | os.PathLike[str], *, strict: bool = False) -> list[Row]:
+def read_manifest(path: str | os.PathLike[str], *, strict: bool = False, away: bool = False) -> list[Row]:
     """The slides of a manifest, in its order.
 
     A slide, annotation or mask that is not there is told in its row's `missing`, and is that slide's failure.
@@ -90,6 +90,7 @@ def read_manifest(path: str | os.PathLike[str], *, strict: bool = False) -> list
     Args:
         path: a CSV file.
         strict: a file that is missing is a fault of the manifest.
+        away: no file is asked for, so that all may be missing: only what the manifest says is wanted.
 
     Raises:
         ManifestError: every fault of the manifest, each with its line, column and value. Files that are missing are
@@ -101,7 +102,7 @@ def read_manifest(path: str | os.PathLike[str], *, strict: bool = False) -> list
     table = read_table(path, faults)
     faults += _header_faults(table)
     rows = [_read_row(path.absolute().parent, line, values, faults, missing) for line, values in table.rows]
-    if strict or all(row.missing for row in rows):
+    if strict or (not away and all(row.missing for row in rows)):
         faults = missing + faults
     if not table.rows and not faults:
         faults.append((0, "no slides: only a header; add a line for each slide"))

@@ -78,6 +78,16 @@ def test_folders_are_what_has_something_below(backing):
     assert backing.folders("") == ["slides"]
 
 
+def test_objects_are_what_lies_directly_below_and_keys_all_that_does(backing):
+    assert backing.objects("") == list(backing.keys("none")) == []
+    for key in ("zarr.json", "slides/zarr.json", "slides/b", "slides/a/x/y", "slidesx/z"):
+        backing.write(key, b"x")
+    assert backing.objects("") == ["zarr.json"]
+    assert backing.objects("slides") == ["b", "zarr.json"]
+    assert sorted(backing.keys("slides")) == ["slides/a/x/y", "slides/b", "slides/zarr.json"]
+    assert sorted(backing.keys("")) == ["slides/a/x/y", "slides/b", "slides/zarr.json", "slidesx/z", "zarr.json"]
+
+
 def test_names_that_are_odd_are_names(backing):
     for name in ("with space", "ümlaut", "per%20cent", "plus+", "hash#", "a.b", "'quote'"):
         backing.write(f"slides/{name}/zarr.json", name.encode())
@@ -134,6 +144,17 @@ def test_what_holds_the_lease_is_known_to_all_by_its_nonce(backing):
     second.release()
 
 
+def test_who_looks_sees_the_run_that_has_the_lease_and_takes_it_from_nobody(backing):
+    lease = backing.lease()
+    assert backing.lease().look() is None
+    lease.acquire()
+    seen = backing.lease().look()
+    assert (seen.process, seen.alive, seen.does) == (os.getpid(), True, {})
+    assert holds(backing, lease.nonce)
+    lease.release()
+    assert backing.lease().look() is None
+
+
 def test_of_ten_at_once_one_gets_the_lease(backing):
     leases, got, start = [backing.lease() for _ in range(10)], [], threading.Barrier(10)
 
@@ -164,6 +185,8 @@ def test_the_lease_of_a_killed_process_is_free(backing):
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
     assert killed.returncode == 9
     lease = backing.lease()
+    seen = lease.look()
+    assert seen.alive is False and seen.host
     lease.acquire()
     lease.release()
 

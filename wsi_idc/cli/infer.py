@@ -28,6 +28,9 @@ from wsi_idc.cli.options import (
 
 
 def infer(
+    manifest: Annotated[
+        Path | None, typer.Argument(help="Score the slides of this manifest; else all of the store.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     model: Annotated[
         Path | None,
@@ -75,13 +78,19 @@ def infer(
     from wsi_idc import infer as command
     from wsi_idc.model.bundle import SHIPPED, read_bundle
 
+    listed = None
+    if manifest is not None:
+        from wsi_idc.manifest import read_manifest
+
+        listed = [row.slide_id for row in read_manifest(manifest, away=True)]
     bundle = read_bundle(model or SHIPPED)
     if dry_run:
         from wsi_idc.store import open_store
 
         form = bundle.form(settings.precision, cuda=settings.gpus > 0)
-        console.plans(command.plan_maps(open_store(store), bundle, form, only=only or [], force=force).plans)
+        planned = command.plan_maps(open_store(store), bundle, form, only=only or [], listed=listed, force=force)
+        console.plans(planned.plans)
         return
     with console.progress("infer") as listener:
-        summary = command.infer(store, bundle, settings, only=only or [], force=force, listener=listener)
+        summary = command.infer(store, bundle, settings, only=only or [], listed=listed, force=force, listener=listener)
     finish(console, "infer", summary)

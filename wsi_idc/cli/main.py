@@ -14,6 +14,7 @@ import typer
 
 from wsi_idc import USE, __version__
 from wsi_idc.cli.demo import demo
+from wsi_idc.cli.doctor import doctor
 from wsi_idc.cli.evaluate import evaluate
 from wsi_idc.cli.export import export
 from wsi_idc.cli.extract import extract
@@ -21,8 +22,10 @@ from wsi_idc.cli.infer import infer
 from wsi_idc.cli.info import info
 from wsi_idc.cli.manifest import make_manifest
 from wsi_idc.cli.options import current_console
+from wsi_idc.cli.prune import prune
 from wsi_idc.cli.status import status
 from wsi_idc.cli.train import train
+from wsi_idc.cli.verify import verify
 from wsi_idc.cli.view import view
 from wsi_idc.errors import WsiIdcError, system_reason
 
@@ -43,6 +46,9 @@ app.command("evaluate")(evaluate)
 app.command("export")(export)
 app.command("view")(view)
 app.command("status")(status)
+app.command("verify")(verify)
+app.command("prune")(prune)
+app.command("doctor")(doctor)
 app.command("manifest")(make_manifest)
 app.command("info")(info)
 app.command("demo")(demo)

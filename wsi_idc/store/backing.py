@@ -8,8 +8,11 @@ import json
 import os
 import shutil
 import socket
+import time
 import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +30,30 @@ by those who list the hierarchy."""
 HOLDER = f"{LEASE}/holder.json"
 """Who has the lease: what `holder` gives, and what its kind of lease adds."""
 _PART = ".part"
+_TOLD_EVERY_S = 5.0
+"""A lease in a folder is not written more often, to tell how far its run is."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A lease that a run has, or had when it was killed, as others see it who only look.
+
+    Attributes:
+        host, process, since: of the run; empty where the lease does not say.
+        alive: whether the run still is; None where that cannot be told from here.
+        how: how that is known, in words that follow "alive" or "gone".
+        does: what the run last told of itself: command, slides, done, failed; may be empty or late.
+    """
+
+    host: str = ""
+    process: int | None = None
+    since: str = ""
+    alive: bool | None = None
+    how: str = ""
+    does: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"host {self.host}, process {self.process}, since {self.since}" if self.host else "an unknown run"
 
 
 class Lease(Protocol):
@@ -46,6 +73,12 @@ class Lease(Protocol):
 
     def release(self) -> None:
         """Give it back."""
+
+    def tell(self, does: Mapping[str, Any]) -> None:
+        """Let others see what the run does and how far it is. They may see it late; it is never an error."""
+
+    def look(self) -> Holding | None:
+        """Who has it, or had it when killed; None where nobody. Nothing is written, and no run is kept from it."""
 
 
 class Backing(Protocol):
@@ -76,6 +109,12 @@ class Backing(Protocol):
 
     def folders(self, prefix: str) -> list[str]:
         """Sorted names directly below a prefix that have something below them."""
+
+    def objects(self, prefix: str) -> list[str]:
+        """Sorted names of the objects directly below a prefix."""
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """The key of every object below a prefix, in no order."""
 
     def holds_anything(self) -> bool:
         """Whether there is any object but the lease's."""
@@ -146,6 +185,20 @@ class FolderBacking:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def objects(self, prefix: str) -> list[str]:
+        """See `Backing.objects`."""
+        try:
+            with os.scandir(self._path(prefix)) as entries:
+                return sorted(entry.name for entry in entries if not entry.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """See `Backing.keys`."""
+        for root, _, names in os.walk(self._path(prefix)):
+            below = Path(root).relative_to(self.folder).as_posix()
+            yield from (name if below == "." else f"{below}/{name}" for name in names)
+
     def holds_anything(self) -> bool:
         """See `Backing.holds_anything`."""
         try:
@@ -189,7 +242,10 @@ class FolderLease:
         from filelock import FileLock
 
         self._backing, self._nonce = backing, ""
-        self._lock = FileLock(backing.folder / LEASE / "lock", timeout=0)
+        self._who: dict[str, Any] = {}
+        self._told = -_TOLD_EVERY_S
+        # Who looks has a share in the lock for a moment: see `look`.
+        self._lock = FileLock(backing.folder / LEASE / "lock", timeout=0.2)
 
     @property
     def nonce(self) -> str:
@@ -205,9 +261,9 @@ class FolderLease:
             (folder / LEASE).mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             self._backing.write(HOLDER, json.dumps(who).encode())
-            self._nonce = who["nonce"]
+            self._who, self._nonce = who, who["nonce"]
         except Timeout as error:
-            raise StoreBusyError(folder, f"another run holds the store{self._who()}", _WAIT) from error
+            raise StoreBusyError(folder, f"another run holds the store{self._words()}", _WAIT) from error
         except NotImplementedError as error:
             self._lock.release()
             advice = "put the store on a file system that has locks"
@@ -222,7 +278,49 @@ class FolderLease:
             self._backing.delete(HOLDER)
         self._lock.release()
 
-    def _who(self) -> str:
+    def tell(self, does: Mapping[str, Any]) -> None:
+        """See `Lease.tell`."""
+        now = time.monotonic()
+        if now - self._told < _TOLD_EVERY_S or not holds(self._backing, self._nonce):
+            return
+        self._told = now
+        with suppress(OSError):
+            self._backing.write(HOLDER, json.dumps({**self._who, "does": dict(does)}).encode())
+
+    def look(self) -> Holding | None:
+        """See `Lease.look`: the lock alone says whether the run still is, wherever it runs."""
+        content = self._backing.read(HOLDER)
+        held = self._is_locked()
+        if held is False and content is None:
+            return None
+        if held is None:
+            return holding(content, None, "the system does not say whether its lock is held")
+        return holding(content, held, "it has the lock" if held else "nobody has the lock")
+
+    def _is_locked(self) -> bool | None:
+        """Whether somebody has the lock; None where the system has no way to ask."""
+        try:
+            import fcntl
+        except ImportError:
+            return None
+        try:
+            handle = os.open(self._backing.folder / LEASE / "lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return None
+        try:
+            # A share, given back at once: who wants the lock meanwhile tries again (`timeout`).
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        finally:
+            os.close(handle)
+
+    def _words(self) -> str:
         content = None
         with suppress(OSError):
             content = self._backing.read(HOLDER)
@@ -247,6 +345,18 @@ def holds(backing: Backing, nonce: str) -> bool:
         return bool(json.loads(backing.read(HOLDER) or b"")["nonce"] == nonce)
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def holding(content: bytes | None, alive: bool | None, how: str) -> Holding:
+    """A lease, from what it says of itself; a damaged one says nothing."""
+    try:
+        who = json.loads(content or b"")
+        does = who.get("does")
+        return Holding(
+            str(who["host"]), int(who["pid"]), str(who["start"]), alive, how, does if isinstance(does, dict) else {}
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Holding(alive=alive, how=how)
 
 
 def holder_words(content: bytes | None) -> str:

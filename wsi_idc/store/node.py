@@ -139,12 +139,20 @@ class Node:
         Raises:
             StoreBusyError: another run has taken the store over.
         """
-        self._check()
-        self.backing.delete(self._key)
-        self.backing.delete(self.path)
+        self.remove()
         attempt = uuid.uuid4().hex
         self.backing.write(self._key, group_document({"attempt": attempt}))
         return attempt
+
+    def remove(self) -> None:
+        """Remove the group and all below it: first out of sight, then for good.
+
+        Raises:
+            StoreBusyError: another run has taken the store over.
+        """
+        self._check()
+        self.backing.delete(self._key)
+        self.backing.delete(self.path)
 
     def check(self, attempt: str) -> None:
         """Ask, before much is written, whether it still is this attempt's to write: a task of a run that was killed

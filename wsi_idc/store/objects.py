@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -23,7 +23,7 @@ from zarr.storage import ObjectStore
 
 from wsi_idc.errors import ObjectsError, StoreBusyError, StoreError
 from wsi_idc.objects import objects_at, objects_error
-from wsi_idc.store.backing import HOLDER, LEASE, Lease, holder, holder_words
+from wsi_idc.store.backing import HOLDER, LEASE, Holding, Lease, holder, holder_words, holding
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore as Objects
@@ -126,6 +126,18 @@ class ObjectBacking:
         with _asking(self._url):
             found = obstore.list_with_delimiter(self._objects, prefix or None)
         return sorted(path.rpartition("/")[2] for path in found["common_prefixes"])
+
+    def objects(self, prefix: str) -> list[str]:
+        """See `Backing.objects`."""
+        with _asking(self._url):
+            found = obstore.list_with_delimiter(self._objects, prefix or None)
+        return sorted(each["path"].rpartition("/")[2] for each in found["objects"])
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """See `Backing.keys`."""
+        with _asking(self._url):
+            for some in obstore.list(self._objects, prefix or None):
+                yield from (found["path"] for found in some)
 
     def holds_anything(self) -> bool:
         """See `Backing.holds_anything`."""
@@ -333,6 +345,25 @@ class ObjectLease:
             free = json.dumps({"released": _now(), "was": self._who}).encode()
             with suppress(ObjectsError, PreconditionError):
                 self._backing._put(HOLDER, free, self._mark)
+
+    def tell(self, does: Mapping[str, Any]) -> None:
+        """See `Lease.tell`: seen from the next renewal on, which costs no request more."""
+        self._who = {**self._who, "does": dict(does)}
+
+    def look(self) -> Holding | None:
+        """See `Lease.look`: by this machine's clock, since asking the server for its own would be to write there."""
+        content, mark = self._backing._get(HOLDER)
+        if content is None:
+            return None
+        found = _read(content)
+        if "nonce" not in found and "released" in found:
+            return None
+        if _is_gone(found):
+            return holding(content, False, "its process is gone")
+        left_s = self._left_s(found, mark, datetime.now(UTC))
+        if left_s > 0:
+            return holding(content, True, f"unless it is renewed, its lease ends in {left_s:.0f} s")
+        return holding(content, False, "its lease has run out, by this machine's clock")
 
     def _probe(self, nonce: str) -> datetime:
         """See that the server keeps the two conditions that a lease stands on; gives its time.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wsi_idc.errors import ObjectsError, StoreBusyError, StoreError, system_reason
-from wsi_idc.store.backing import LEASE, Backing, backing_at, holds
+from wsi_idc.store.backing import LEASE, Backing, Holding, Lease, backing_at, holds
 from wsi_idc.store.map import StoredMap
 from wsi_idc.store.node import FORMAT, Node, Record, group_document
 from wsi_idc.store.slide import StoredSlide
@@ -55,8 +55,8 @@ class Store:
         notes: lines that a user should see, of what was done to open it.
     """
 
-    def __init__(self, backing: Backing, ticket: Ticket | None = None) -> None:
-        self.backing, self._ticket = backing, ticket
+    def __init__(self, backing: Backing, ticket: Ticket | None = None, lease: Lease | None = None) -> None:
+        self.backing, self._ticket, self._lease = backing, ticket, lease
         self.notes: tuple[str, ...] = ()
 
     @property
@@ -75,6 +75,16 @@ class Store:
         if self._ticket is None:
             raise RuntimeError(f"{self.address} was opened to be read")
         return self._ticket
+
+    @property
+    def holding(self) -> Holding | None:
+        """Which run writes the store, or did when it was killed; None where none does."""
+        return self.backing.lease().look()
+
+    def tell(self, does: Mapping[str, Any]) -> None:
+        """Let others see what the run that holds the store does: see `Lease.tell`."""
+        if self._lease is not None:
+            self._lease.tell(does)
 
     def try_writing(self) -> None:
         """Write something and remove it.
@@ -155,13 +165,60 @@ class Store:
 
     def _make(self) -> None:
         """Put the groups in place that every store has."""
-        self.backing.write("zarr.json", group_document({"format": FORMAT}))
-        self.backing.write(f"{LEASE}/zarr.json", json.dumps(_LEASE_DOCUMENT, indent=2).encode())
-        for name in ("slides", "maps"):
-            self.backing.write(f"{name}/zarr.json", group_document({}))
+        for key, content in _DOCUMENTS.items():
+            self.backing.write(key, content)
         for model in self.models():
             if self.backing.read(f"maps/{model}/zarr.json") is None:
                 self.backing.write(f"maps/{model}/zarr.json", group_document({}))
+
+    def faulty_documents(self) -> dict[str, str]:
+        """Of the documents that every store has, and those of its models: key -> what is wrong with it."""
+        found = {}
+        for key in (*_DOCUMENTS, *(f"maps/{model}/zarr.json" for model in self.models())):
+            content = self.backing.read(key)
+            if fault := "it is not there" if content is None else _fault(content, _DOCUMENTS.get(key)):
+                found[key] = fault
+        return found
+
+    def mend(self, key: str) -> None:
+        """Put one of those documents in its place anew.
+
+        A model's has the digests that its maps name, so that they stay those of the same model.
+
+        Raises:
+            StoreBusyError: another run has taken the store over.
+        """
+        self._check()
+        content = _DOCUMENTS.get(key)
+        if content is None:
+            model = key.split("/")[1]
+            records = at_once(lambda name: self.map_node(model, name).record(), self.backing.folders(f"maps/{model}"))
+            about = [record.attributes.get("model") for record in records if record.complete is not None]
+            files = sorted({str(each["digest"]) for each in about if isinstance(each, dict) and "digest" in each})
+            content = group_document({"model": model, "files": files} if files else {})
+        self.backing.write(key, content)
+
+
+_DOCUMENTS = {
+    "zarr.json": group_document({"format": FORMAT}),
+    f"{LEASE}/zarr.json": json.dumps(_LEASE_DOCUMENT, indent=2).encode(),
+    "slides/zarr.json": group_document({}),
+    "maps/zarr.json": group_document({}),
+}
+"""What every store has, by key."""
+
+
+def _fault(content: bytes, wanted: bytes | None) -> str:
+    """What is wrong with a document; "" where it says what it must. Other attributes may stand beside ours."""
+    try:
+        found, expected = json.loads(content), json.loads(wanted or group_document({}))
+        if not isinstance(found["attributes"], dict):
+            return "its attributes are no object"
+        wrong = [name for name, value in expected.items() if name != "attributes" and found.get(name) != value]
+        wrong += [name for name, value in expected["attributes"].items() if found["attributes"].get(name) != value]
+        return f"{' and '.join(wrong)} is not what was written" if wrong else ""
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"it cannot be read ({type(error).__name__})"
 
 
 _Item = TypeVar("_Item")
@@ -214,6 +271,31 @@ def find_store(address: str | Path) -> Store | None:
     return None if _format(backing) is None else Store(backing)
 
 
+def open_to_check(address: str | Path) -> Store:
+    """A store to be read, also one whose own document is lost or damaged but whose lease says that it was one.
+
+    Raises:
+        StoreError: it does not exist, cannot be read, or has another format.
+    """
+    try:
+        return open_store(address)
+    except StoreError:
+        backing = backing_at(address)
+        if not _has_lost_its_document(backing):
+            raise
+        return Store(backing)
+
+
+def _has_lost_its_document(backing: Backing) -> bool:
+    try:
+        return (
+            bool(_fault(backing.read("zarr.json") or b"", None))
+            and backing.read(f"{LEASE}/zarr.json") == (_DOCUMENTS[f"{LEASE}/zarr.json"])
+        )
+    except OSError:
+        return False
+
+
 def open_store(address: str | Path) -> Store:
     """A store that exists, to be read.
 
@@ -231,26 +313,28 @@ def open_store(address: str | Path) -> Store:
 
 
 @contextmanager
-def hold_store(address: str | Path, *, create: bool = False) -> Iterator[Store]:
+def hold_store(address: str | Path, *, create: bool = False, damaged: bool = False) -> Iterator[Store]:
     """A store, held for writing.
 
     Args:
         address: where it is.
         create: make it if there is none, and bring one of an older format up to date.
+        damaged: hold one whose own document is lost, too: see `open_to_check`.
 
     Raises:
         StoreError: it does not exist, cannot be written, or has another format; or something else is there.
         StoreBusyError: another run holds it.
     """
     if not create:
-        open_store(address)
+        (open_to_check if damaged else open_store)(address)
     backing = backing_at(address)
-    _format(backing)
+    if not damaged:
+        _format(backing)
     lease = backing.lease()
     lease.acquire()
     try:
-        found, notes = _format(backing), []
-        store = Store(backing, Ticket(backing.everywhere, lease.nonce))
+        store, notes = Store(backing, Ticket(backing.everywhere, lease.nonce), lease), []
+        found = FORMAT if damaged else _format(backing)
         if found in OLDER:
             notes.append(f"{address}: the store had format {found}; it is brought up to date, every slide is cut again")
         if found != FORMAT:

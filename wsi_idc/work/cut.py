@@ -19,7 +19,7 @@ from wsi_idc.sources import Source
 from wsi_idc.sources import version as version_of
 from wsi_idc.staging import Stage, Wanted, at_hand, drop, unusable
 from wsi_idc.store import Node, Ticket, admit
-from wsi_idc.store.slide import create_tiles, identity, tiles_per_shard, write_shards
+from wsi_idc.store.slide import create_tiles, identity, pixels_from, tiles_per_shard, write_shards
 from wsi_idc.work.jobs import Block, Outcome, Prepared, Work
 
 SHARDS_PER_BLOCK = 16
@@ -263,7 +263,6 @@ class CutJob:
             checksums[name] = node.put(name, values, ("tile",))
         if pixels:
             checksums["tiles"] = [checksum for result in results for checksum in result["checksums"]]
-        source = {name: info["made_from"][name] for name in _PIXELS_FROM if name in info["made_from"]}
         complete = {
             "tiles": prepared.tiles,
             "grid": info["grid"],
@@ -271,7 +270,10 @@ class CutJob:
             "settings": self.settings.content_hash(),
             "checksums": checksums,
             "identity": identity(
-                self.settings.tile, info["about"]["mpp"], checksums["cell"], checksums["tiles"] if pixels else source
+                self.settings.tile,
+                info["about"]["mpp"],
+                checksums["cell"],
+                checksums["tiles"] if pixels else pixels_from(info["made_from"]),
             ),
             "versions": versions(),
         }
@@ -312,10 +314,6 @@ def unseen_store(ticket: Ticket) -> list[str]:
     except (OSError, WsiIdcError) as error:
         return [f"{ticket.address}: {system_reason(error) if isinstance(error, OSError) else error.problem}"]
     return []
-
-
-_PIXELS_FROM = ("source", "reader")
-"""Of what tiles are made from: what their pixels are read from, where they are not kept."""
 
 
 def versions() -> dict[str, str]:
