@@ -20,7 +20,7 @@ from wsi_idc.grid import Grid
 from wsi_idc.settings import ExtractSettings, TileSpec
 from wsi_idc.slides import open_slide
 from wsi_idc.slides.patches import PatchFolder
-from wsi_idc.tissue import MASK_MPP, draw_overlay, read_mask, tile_fraction, tile_quality, tissue_mask
+from wsi_idc.tissue import MASK_MPP, read_mask, tile_fraction, tile_quality, tissue_mask
 
 GLASSES = {"white": (242, 242, 242), "grey": (205, 205, 205), "warm": (238, 232, 214), "cold": (226, 232, 240)}
 PENS = {"black": (22, 20, 18), "blue": (25, 50, 175), "green": (40, 150, 115), "red": (205, 30, 45)}
@@ -329,29 +329,6 @@ def test_figures_of_a_tile_do_not_depend_on_its_neighbours() -> None:
     np.testing.assert_array_equal(together[0], np.concatenate([blur for blur, _ in alone]))
     np.testing.assert_array_equal(together[1], np.concatenate([pen for _, pen in alone]))
     assert [len(figure) for figure in tile_quality(tiles[:0])] == [0, 0]
-
-
-# The overlay
-
-
-def test_the_overlay_outlines_the_mask_and_the_kept_tiles_only() -> None:
-    picture, grid = glass(side=200), Grid(TileSpec(), (400, 400), (4.0, 4.0))
-    mask = np.zeros((100, 100), bool)
-    mask[10:40, 10:40] = True
-    before = picture.copy()
-    outlined = draw_overlay(picture, mask)
-    tiled = draw_overlay(picture, mask, grid, np.array([[6, 6]], np.int32))
-    np.testing.assert_array_equal(picture, before)
-    assert outlined.shape == picture.shape
-    assert outlined.dtype == np.uint8
-    changed = (outlined != picture).any(axis=2)
-    assert changed[20, 20:80].all()
-    assert not changed[30:70, 30:70].any()
-    assert not changed[90:].any()
-    also = (tiled != outlined).any(axis=2)
-    assert also[150, 150:175].all()
-    assert not also[:149].any()
-    assert not also[153:172, 153:172].any()
 
 
 # Real data

@@ -33,10 +33,11 @@ def run_demo(folder: Path, console: Console) -> None:
         UsageError: the folder cannot be used.
         WsiIdcError: the demo did not go as it must.
     """
-    from wsi_idc.export.pictures import draw_map
+    from wsi_idc.export.pictures import draw_result
     from wsi_idc.extract import extract
     from wsi_idc.infer import infer
     from wsi_idc.model.bundle import SHIPPED, read_bundle
+    from wsi_idc.results import Choice, look, require
     from wsi_idc.store import open_store
 
     try:
@@ -60,7 +61,7 @@ def run_demo(folder: Path, console: Console) -> None:
     whole = open_store(store)
     for slide_id in whole.slide_ids():
         picture = folder / f"{slide_id}.png"
-        draw_map(whole, name, slide_id, picture)
+        draw_result(require(look(whole, Choice(name), slide_id), name), picture)
         console.line(f"drew {picture}")
     failed = {name for name in whole.all_slide_ids() if whole.slide_node(name).record().failed}
     if failed != {"demo-broken"} or inferred.failures:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -58,18 +58,26 @@ def describe_slide(source: Source, mpp: Mpp | None, settings: ExtractSettings, p
             "warnings": warnings,
         }
     if preview is not None:
-        from PIL import Image
+        from wsi_idc.export.pictures import draw_preview
 
-        from wsi_idc.tissue import draw_overlay
-
-        picture = Image.fromarray(draw_overlay(thumbnail, mask, grid, cells))
+        words = preview_lines(fields)
         try:
-            picture.save(preview)
+            draw_preview(PurePosixPath(fields["path"]).name, words, thumbnail, mask, grid, cells, preview)
         except (OSError, ValueError) as error:
             advice = "give a .png file in an existing folder"
             raise UsageError(preview, f"cannot be written ({error})", advice) from error
         fields["preview"] = str(preview)
     return fields
+
+
+def preview_lines(fields: dict[str, Any]) -> list[str]:
+    """What stands above the preview."""
+    (width, height), (x, y) = fields["size"], fields["mpp"]
+    return [
+        f"{fields['format']}, {width} x {height} px at {x:.4g} x {y:.4g} um/px ({fields['mpp_source']})",
+        f"{fields['tiles']:,} of {fields['cells']:,} tiles have tissue ({fields['grid']})",
+        *fields["warnings"],
+    ]
 
 
 @contextmanager

@@ -365,39 +365,3 @@ def tile_quality(tiles: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray
         ink = red | other
         pen[first : first + block] = ink.reshape(len(part), -1).mean(axis=1)
     return blur, pen
-
-
-def draw_overlay(
-    thumbnail: NDArray[np.uint8],
-    mask: NDArray[np.bool_],
-    grid: Grid | None = None,
-    cells: NDArray[np.integer] | None = None,
-) -> NDArray[np.uint8]:
-    """The mask's outline, and the kept tiles, on the thumbnail.
-
-    Args:
-        thumbnail: uint8 (h, w, 3) RGB of the whole slide.
-        mask: bool, at any shape over the whole slide.
-        grid: the slide's grid; without it only the outline is drawn.
-        cells: int (n, 2) of row, column: the kept tiles.
-
-    Returns:
-        uint8 (h, w, 3) RGB.
-    """
-    import cv2
-
-    picture = thumbnail.copy()
-    height, width = picture.shape[:2]
-    if grid is not None and cells is not None and len(cells):
-        scale = np.array([width / grid.size[0], height / grid.size[1]])
-        start = grid.position(cells) * scale
-        corners = np.rint(np.concatenate([start, start + np.asarray(grid.extent) * scale], axis=1)).astype(int)
-        lines = picture.copy()
-        for x0, y0, x1, y1 in corners.tolist():
-            cv2.rectangle(lines, (x0, y0), (x1, y1), (0, 114, 178), 1)
-        picture = cv2.addWeighted(lines, 0.6, picture, 0.4, 0)
-    shown = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
-    contours, _ = cv2.findContours(shown, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(picture, contours, -1, (255, 255, 255), 3)
-    cv2.drawContours(picture, contours, -1, (0, 0, 0), 1)
-    return np.asarray(picture, dtype=np.uint8)

@@ -39,7 +39,7 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="csv or parquet; may be repeated. [default: csv]",
+            help="csv, parquet, geojson or png; may be repeated. [default: csv]",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the files. [default: export]", metavar="DIR")] = None,

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from wsi_idc import __version__
 from wsi_idc.digests import digest
@@ -35,7 +35,7 @@ class Format(Protocol):
     """A module of this package that writes one format.
 
     Attributes:
-        SUFFIX: of its files' or folders' names.
+        SUFFIX: of its files' or folders' names; one that has several is a `SeveralSuffixes` too.
         VERSION: another one where the same result would give another file.
     """
 
@@ -51,7 +51,20 @@ class Format(Protocol):
         """
 
 
-_MODULES: Mapping[ExportFormat, str] = {"csv": "tile_csv", "parquet": "tile_parquet"}
+@runtime_checkable
+class SeveralSuffixes(Protocol):
+    """A module whose files have another suffix where there is a reason."""
+
+    def suffix(self, result: Result) -> str:
+        """The suffix of a result's file."""
+
+
+_MODULES: Mapping[ExportFormat, str] = {
+    "csv": "tile_csv",
+    "parquet": "tile_parquet",
+    "geojson": "geojson",
+    "png": "png",
+}
 FORMATS = tuple(_MODULES)
 
 
@@ -143,8 +156,9 @@ def _one_slide(
     warnings: list[str] = []
     try:
         for kind in todo:
-            warnings += _write_one(result, kind, settings.out)
-            index.put(name, kind, {**need, "format": format_of(kind).VERSION})
+            path, more = _write_one(result, kind, settings.out)
+            warnings += more
+            index.put(name, kind, {**need, "format": format_of(kind).VERSION}, path)
         row = slide_row(result)
         index.put_row(name, need, row)
     except SlideError as error:
@@ -164,10 +178,11 @@ def _made_from(result: Result) -> dict[str, Any]:
     }
 
 
-def _write_one(result: Result, kind: ExportFormat, out: Path) -> list[str]:
-    """Write one file beside its place, and put it there when it is whole."""
+def _write_one(result: Result, kind: ExportFormat, out: Path) -> tuple[Path, list[str]]:
+    """Write one file beside its place, and put it there when it is whole; gives its place, and warnings."""
     module = format_of(kind)
-    path = out / kind / f"{result.slide_id}{module.SUFFIX}"
+    suffix = module.suffix(result) if isinstance(module, SeveralSuffixes) else module.SUFFIX
+    path = out / kind / f"{result.slide_id}{suffix}"
     beside = path.with_name(f".part-{path.name}")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +193,7 @@ def _write_one(result: Result, kind: ExportFormat, out: Path) -> list[str]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             beside.replace(path)
-        return warnings
+        return path, warnings
     finally:
         with _writing(path):
             _remove(beside)
@@ -231,7 +246,7 @@ def _held(out: Path) -> Iterator[None]:
 
 @dataclass
 class _Index:
-    """What stands in `exported.json`: slide id -> format -> what the file was made from, and its size."""
+    """What stands in `exported.json`: slide id -> format -> the file's name, what it was made from, and its size."""
 
     out: Path
 
@@ -242,9 +257,6 @@ class _Index:
             found = {}
         self._slides: dict[str, Any] = found if isinstance(found, dict) else {}
 
-    def _path(self, name: str, kind: ExportFormat) -> Path:
-        return self.out / kind / f"{name}{format_of(kind).SUFFIX}"
-
     def _entry(self, name: str, kind: str) -> dict[str, Any]:
         slide = self._slides.get(name)
         entry = slide.get(kind) if isinstance(slide, dict) else None
@@ -252,17 +264,27 @@ class _Index:
 
     def made_from(self, name: str, kind: ExportFormat) -> dict[str, Any] | None:
         """What a file that is there was made from; None where it is not, or not as it was written."""
-        entry = self._entry(name, kind)
+        entry, path = self._entry(name, kind), self._path(name, kind)
         try:
-            same = _size(self._path(name, kind)) == entry.get("bytes")
+            same = path is not None and _size(path) == entry.get("bytes")
         except OSError:
             same = False
         made_from = entry.get("made from")
         return made_from if same and isinstance(made_from, dict) else None
 
-    def put(self, name: str, kind: ExportFormat, made_from: Mapping[str, Any]) -> None:
-        """A file was written."""
-        entry = {"made from": dict(made_from), "bytes": _size(self._path(name, kind))}
+    def _path(self, name: str, kind: ExportFormat) -> Path | None:
+        """Where a slide's file was put; None where none was, or what stands there is no name of one of its files."""
+        file = self._entry(name, kind).get("file")
+        known = isinstance(file, str) and file.startswith(f"{name}{format_of(kind).SUFFIX}") and "/" not in file
+        return self.out / kind / file if known else None
+
+    def put(self, name: str, kind: ExportFormat, made_from: Mapping[str, Any], path: Path) -> None:
+        """A file was written; one that the slide had before under another suffix goes."""
+        before = self._path(name, kind)
+        if before is not None and before != path:
+            with _writing(before):
+                _remove(before)
+        entry = {"file": path.name, "made from": dict(made_from), "bytes": _size(path)}
         self._slides.setdefault(name, {})[kind] = entry
 
     def row(self, name: str, need: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -1,0 +1,15 @@
+"""A picture of a slide and its map, for people."""
+
+from pathlib import Path
+
+from wsi_idc.export.pictures import draw_result
+from wsi_idc.results import Result
+
+SUFFIX = ".png"
+VERSION = 1
+
+
+def write(result: Result, path: Path) -> list[str]:
+    """See `Format.write`."""
+    draw_result(result, path)
+    return []
