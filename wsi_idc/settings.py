@@ -134,6 +134,7 @@ def build(kind: type[_Kind], **values: Any) -> _Kind:
         return kind(**{name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
-        option = "--" + "-".join(str(part) for part in first["loc"]).replace("_px", "").replace("_", "-")
-        option = "--tile-size" if option == "--size" else option
+        # Of an option that may be repeated, the place in its list is of no use.
+        option = "--" + "-".join(part for part in first["loc"] if isinstance(part, str)).replace("_px", "")
+        option = {"--size": "--tile-size", "--formats": "--format"}.get(option, option.replace("_", "-"))
         raise UsageError(option, f"{first['input']!r}: {first['msg'].lower()}", "see --help") from error
