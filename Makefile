@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types format docs bench bench-cluster lock clean
+.PHONY: help setup demo test test-slow lint types format docs bench bench-cluster flags lock clean
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -47,6 +47,9 @@ bench: $(STAMP)  ## Time wsi-idc against tiatoolbox's PatchPredictor on one slid
 
 bench-cluster: $(STAMP)  ## Time workers and scheduling on a Dask cluster on this machine
 	$(BIN)/python tests/bench_cluster.py
+
+flags: $(STAMP)  ## Measure on the IDC patches what flags hold slides and maps against, and write wsi_idc/flags.json
+	$(BIN)/python tests/calibrate_flags.py $(or $(WSI_IDC_DATA),../shared/data)/idc
 
 lock: $(STAMP)  ## Write requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --universal --no-header \

@@ -38,6 +38,10 @@ class PlannedSlide:
     described: bool = False
 
 
+_EARLIER = {"icc": False}
+"""What slides were made from before it had a name in their record."""
+
+
 def plan_slide(row: Row, store: Store | None, settings: CutSettings, *, force: bool) -> PlannedSlide:
     """What to do with one slide of the manifest."""
     record = Record() if store is None else store.slide_node(row.slide_id).record()
@@ -48,7 +52,8 @@ def plan_slide(row: Row, store: Store | None, settings: CutSettings, *, force: b
     except SlideError as error:
         return _unreadable(row, error)
     described = all(record.attributes.get(name) == value for name, value in describe(row, seen).items())
-    decided = plan(need, record.made_from, record.trouble, force=force)
+    made = None if record.made_from is None else {**_EARLIER, **record.made_from}
+    decided = plan(need, made, record.trouble, force=force)
     return PlannedSlide(row, decided, need, seen=seen, described=described)
 
 

@@ -27,8 +27,8 @@ def describe_slide(source: Source, mpp: Mpp | None, settings: ExtractSettings, p
     Returns:
         path, format, reader; size in level-0 pixels (width, height); mpp in um/px (x, y) and mpp_source; origin, the
         slide's top-left in the file's own pixels (x, y); levels, each with its size and um/px; objective
-        (magnification, or None); associated pictures; the grid in words; tiles with tissue, and cells of the grid;
-        warnings; preview.
+        (magnification, or None); icc (the name of its ICC profile, or None); associated pictures; the grid in words;
+        tiles with tissue, and cells of the grid; warnings; preview.
 
     Raises:
         SlideError: it cannot be opened or read, or cannot give such tiles: what extract would say.
@@ -47,6 +47,7 @@ def describe_slide(source: Source, mpp: Mpp | None, settings: ExtractSettings, p
             "mpp": list(slide.mpp),
             "mpp_source": slide.mpp_source,
             "origin": list(slide.origin),
+            "icc": slide.icc,
             "levels": [
                 {"size": list(level.size), "mpp": slide.level_mpp(number)} for number, level in enumerate(slide.levels)
             ],
@@ -114,6 +115,7 @@ def info_lines(fields: dict[str, Any]) -> list[str]:
             for number, level in enumerate(fields["levels"])
         ),
         ("objective", f"{objective:g}x" if objective else "unknown"),
+        ("ICC", f"{fields['icc']} (extract --icc applies it)" if fields["icc"] else "none"),
         ("associated", ", ".join(fields["associated"]) or "none"),
         ("tiles", f"{fields['tiles']:,} of {fields['cells']:,} have tissue ({fields['grid']})"),
         *(("warning", line) for line in fields["warnings"]),

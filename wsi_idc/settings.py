@@ -73,6 +73,7 @@ class CutSettings(Settings):
     annotation_class: Annotated[str, Field(min_length=1, json_schema_extra=CONTENT)] = "IDC"
     empty_annotation: Annotated[EmptyAnnotation, Field(json_schema_extra=CONTENT)] = "unknown"
     pixels: Annotated[bool, Field(json_schema_extra=CONTENT)] = True
+    icc: Annotated[bool, Field(json_schema_extra=CONTENT)] = False
 
 
 class StageSettings(Settings):

@@ -7,7 +7,7 @@ each pen colour breaks that order in its own way. No weights are learned.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,27 +25,46 @@ MAX_MASK_PIXELS = 2**26
 _GREY_MODES = ("1", "L", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 """Pillow's modes of one channel whose values are what they are."""
 
+STAIN_PIXELS = 1000
+"""Stained pixels of a thumbnail from which its stain can be told: at 8 um/px, 0.06 mm2."""
+_STAIN_SAMPLE = 100_000
+"""Of the pixels of tissue about so many are looked at, evenly spread."""
+_STAINED = 0.05
+"""Mean optical density from which a pixel of tissue is stained; what is paler is fat and the glass between cells."""
+
 _GLASS_WHITE = 240.0
 _DARK = 90.0
 
 
-def tissue_mask(thumbnail: NDArray[np.uint8], mpp: Mpp, method: TissueMethod = "default") -> NDArray[np.bool_]:
+Steps: TypeAlias = dict[str, float]
+"""Step of the mask -> by what part of the slide's area it grew (above 0) or shrank, in the order of the steps; the
+first is what had the colours of tissue at all. Where there was nothing to begin with, the reason alone, with 0."""
+DARK, PLAIN = "dark background", "one colour"
+"""The reasons why there was nothing to begin with: no bright glass, or nothing on it."""
+
+
+def tissue_mask(
+    thumbnail: NDArray[np.uint8], mpp: Mpp, method: TissueMethod = "default", steps: Steps | None = None
+) -> NDArray[np.bool_]:
     """Where the slide holds tissue.
 
     Args:
         thumbnail: uint8 (h, w, 3) RGB of the whole slide, on a background colour.
         mpp: um/px of the thumbnail.
         method: "default" (this module's), "otsu" or "morphological" (tiatoolbox's maskers), or "none" (all tissue).
+        steps: is given what each step did; the other methods' steps are not known.
 
     Returns:
         bool (h, w), true where there is tissue.
     """
+    steps = {} if steps is None else steps
     if method == "none":
         return np.ones(thumbnail.shape[:2], dtype=np.bool_)
     if min(thumbnail.shape[:2]) == 0 or not np.ptp(thumbnail):
+        steps[PLAIN] = 0.0
         return np.zeros(thumbnail.shape[:2], dtype=np.bool_)
     if method == "default":
-        return _default_mask(thumbnail, mpp)
+        return _default_mask(thumbnail, mpp, steps)
     from tiatoolbox.tools.tissuemask import MorphologicalMasker, OtsuTissueMasker
 
     masker = OtsuTissueMasker() if method == "otsu" else MorphologicalMasker(mpp=mpp)
@@ -55,20 +74,28 @@ def tissue_mask(thumbnail: NDArray[np.uint8], mpp: Mpp, method: TissueMethod = "
         return np.zeros(thumbnail.shape[:2], dtype=np.bool_)
 
 
-def _default_mask(rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.bool_]:
+def _default_mask(rgb: NDArray[np.uint8], mpp: float, steps: Steps) -> NDArray[np.bool_]:
     """Strongly stained pixels, pale textured ones beside them (fat), without ink and without what is too small."""
     import cv2
 
     shape = rgb.shape[:2]
     if mpp < 4.0:
         size = (max(1, round(shape[1] * mpp / 4.0)), max(1, round(shape[0] * mpp / 4.0)))
-        small = _default_mask(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), 4.0)
+        small = _default_mask(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), 4.0, steps)
         return np.asarray(
             cv2.resize(small.astype(np.uint8), shape[::-1], interpolation=cv2.INTER_NEAREST), dtype=np.bool_
         )
     glass = _glass(rgb)
     if glass is None:
+        steps[DARK] = 0.0
         return np.zeros(shape, dtype=np.bool_)
+
+    def told(step: str, before: float, mask: NDArray[np.bool_]) -> float:
+        """Keep what a step did to the mask; gives the part of the slide that is left."""
+        left = np.count_nonzero(mask) / mask.size
+        steps[step] = round(left - before, 6)
+        return left
+
     sharp = _optical_density(rgb, glass)
     od = cv2.GaussianBlur(sharp, (0, 0), max(0.7, 6.0 / mpp))
     r, g, b = od[..., 0], od[..., 1], od[..., 2]
@@ -85,15 +112,25 @@ def _default_mask(rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.bool_]:
     weak &= _density(weak, 150.0 / mpp) > 0.15
     red_ink, other_ink = _ink(od, mpp)
     ink = red_ink | other_ink
+    mask = strong | weak
+    left = told("colours of tissue", 0.0, mask)
+    mask &= ~ink
+    left = told("ink", left, mask)
     # Blurring must not spread tissue onto glass.
-    mask = (strong | weak) & ~ink & (sharp[..., 1] > np.maximum(0.004, 0.5 * g))
+    mask &= sharp[..., 1] > np.maximum(0.004, 0.5 * g)
+    left = told("too pale", left, mask)
     mask = _remove_small(mask, 1500.0 / mpp**2)
+    left = told("specks", left, mask)
     mask = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, _disc(40.0 / mpp)) > 0
     mask = _fill_holes(mask, wall > 0.0015, mpp) & ~ink
+    left = told("holes filled", left, mask)
     # A pixel half on glass is no tissue: at 16 um/px it would add 4 % of an empty 200-um tile on each side.
     edge = mask & (cv2.erode(mask.astype(np.uint8), np.ones((3, 3), dtype=np.uint8)) == 0)
     mask &= ~(edge & (sharp[..., 1] < 0.5 * cv2.dilate(g, np.ones((3, 3), dtype=np.uint8))))
-    return _remove_doubtful(mask, strong, red_ink, od, mpp)
+    left = told("half on glass", left, mask)
+    mask = _remove_doubtful(mask, strong, red_ink, od, mpp)
+    told("small, grey or hardly stained pieces", left, mask)
+    return mask
 
 
 def _fill_holes(mask: NDArray[np.bool_], textured: NDArray[np.bool_], mpp: float) -> NDArray[np.bool_]:
@@ -365,3 +402,24 @@ def tile_quality(tiles: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray
         ink = red | other
         pen[first : first + block] = ink.reshape(len(part), -1).mean(axis=1)
     return blur, pen
+
+
+def stain(thumbnail: NDArray[np.uint8], mask: NDArray[np.bool_]) -> list[float] | None:
+    """The slide's stain in three figures: the median optical density of red, green and blue over what is stained.
+
+    Against white (255), not the slide's own glass: a model sees the pixels as they are.
+
+    Args:
+        thumbnail: uint8 (h, w, 3) RGB of the whole slide.
+        mask: bool (h, w): its tissue.
+
+    Returns:
+        three optical densities, to four digits; None where there are fewer than `STAIN_PIXELS` stained pixels.
+    """
+    places = np.flatnonzero(mask)
+    if len(places) < STAIN_PIXELS:
+        return None
+    pixels = thumbnail.reshape(-1, 3)[places[:: max(1, len(places) // _STAIN_SAMPLE)]]
+    od = _optical_density(pixels[None], np.full(3, 255.0))[0]
+    od = od[od.mean(axis=1) > _STAINED]
+    return [round(float(value), 4) for value in np.median(od, axis=0)] if len(od) >= STAIN_PIXELS else None

@@ -58,6 +58,9 @@ def extract(
     no_pixels: Annotated[
         bool, typer.Option("--no-pixels", help="Store where the tiles are, not their pixels.")
     ] = False,
+    icc: Annotated[
+        bool | None, typer.Option("--icc", help="Bring slides to sRGB by their ICC profile, where they have one.")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Do nothing if a slide, annotation or mask of the manifest is missing.")
     ] = False,
@@ -90,6 +93,7 @@ def extract(
         annotation_class=annotation_class,
         empty_annotation=empty_annotation,
         pixels=not no_pixels,
+        icc=icc,
         workers=workers,
         threads=threads,
         scheduler=scheduler,

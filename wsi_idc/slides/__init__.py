@@ -32,6 +32,7 @@ from wsi_idc.slides.backends import (
     first_line,
     open_without_ome,
 )
+from wsi_idc.slides.colour import Profile
 from wsi_idc.slides.patches import PatchFolder, is_patch_folder
 from wsi_idc.slides.pictures import MAX_PICTURE_PIXELS
 from wsi_idc.slides.whole import COPY_AGAIN, check_whole, is_dicom
@@ -64,17 +65,26 @@ class Slide:
         mpp: level-0 um/px (x, y) in use.
         mpp_source: where `mpp` comes from.
         warnings: lines that a user should see.
+        damage: those of them that say what is missing from the file.
+        icc: name of its ICC profile; None where it has none.
+        icc_applied: whether its pixels were brought to sRGB by that.
         origin: the slide's top-left in the file's own level-0 pixels (x, y): not (0, 0) where the file has bounds.
             Positions everywhere count from it, as QuPath's do; those of programs that show the whole file do not.
     """
 
-    def __init__(self, path: Path, backend: Backend, mpp: Mpp | None = None) -> None:
+    def __init__(self, path: Path, backend: Backend, mpp: Mpp | None = None, *, icc: bool = False) -> None:
         self.path = path
         self._backend = backend
         self.description = backend.description
         self.origin = self.description.origin
-        self.warnings: list[str] = list(self.description.warnings)
+        self.damage = list(self.description.warnings)
+        self.warnings = list(self.damage)
         self.mpp, self.mpp_source = _resolve_mpp(path, self.description, mpp, self.warnings)
+        profile = Profile(path, self.description.profile) if self.description.profile else None
+        self.icc = None if profile is None else profile.name
+        self._profile = profile if icc else None
+        background = np.array(self.description.background, np.uint8)
+        self._background = background if self._profile is None else self._profile.to_srgb(background[None, None])[0, 0]
 
     @property
     def size(self) -> tuple[Level0Px, Level0Px]:
@@ -91,6 +101,11 @@ class Slide:
     def patches(self) -> PatchFolder | None:
         """The folder of ready-cut patches that this slide is, or None."""
         return self._backend if isinstance(self._backend, PatchFolder) else None
+
+    @property
+    def icc_applied(self) -> bool:
+        """See the class."""
+        return self._profile is not None
 
     @property
     def shared(self) -> bool:
@@ -141,6 +156,8 @@ class Slide:
             raise RegionError(
                 self.path, f"{problem}: {first_line(error)}", f"the file is damaged there: {COPY_AGAIN}"
             ) from error
+        if self._profile is not None:
+            pixels = self._profile.to_srgb(pixels)
         if pixels.shape[:2] == (height, width):
             return pixels
         whole = self._blank(width, height)
@@ -148,7 +165,7 @@ class Slide:
         return whole
 
     def _blank(self, width: int, height: int) -> NDArray[np.uint8]:
-        return np.full((height, width, 3), self.description.background, np.uint8)
+        return np.full((height, width, 3), self._background, np.uint8)
 
     def thumbnail(self, mpp: Mpp) -> tuple[NDArray[np.uint8], Mpp]:
         """The whole slide at about `mpp` um/px, area-averaged from the coarsest level that is at least as fine.
@@ -264,7 +281,7 @@ def _looks_like_ngff(path: Path) -> bool:
     return any('"multiscales"' in text for text in texts)
 
 
-def open_slide(path: Path, mpp: Mpp | None = None, reader: Reader = "auto") -> Slide:
+def open_slide(path: Path, mpp: Mpp | None = None, reader: Reader = "auto", *, icc: bool = False) -> Slide:
     """Open a slide of any format.
 
     Args:
@@ -272,12 +289,13 @@ def open_slide(path: Path, mpp: Mpp | None = None, reader: Reader = "auto") -> S
         mpp: um/px to use whatever the file says.
         reader: "auto": the one that knows the format best, and another only where that one does not know it;
             "openslide" or "tiatoolbox": that one alone.
+        icc: bring its pixels to sRGB by its ICC profile, where it has one.
 
     Raises:
         DamageError: it is a damaged slide.
         AccessError: the system does not give it.
         ResolutionError: um/px is absent or impossible, in the file and in `mpp`.
-        SlideError: it is no slide: one line says why.
+        SlideError: it is no slide, or its ICC profile cannot be applied: one line says why.
         MemoryError: there is none for it.
     """
     path = Path(path)
@@ -292,11 +310,12 @@ def open_slide(path: Path, mpp: Mpp | None = None, reader: Reader = "auto") -> S
     backend = _first_that_knows(path, openers)
     try:
         _check_pieces(path, backend.description)
-        slide = Slide(path, backend, mpp)
+        slide = Slide(path, backend, mpp, icc=icc)
     except WsiIdcError:
         backend.close()
         raise
     slide.warnings[:0] = warnings
+    slide.damage[:0] = warnings
     return slide
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from wsi_idc.errors import DamageError, SlideError
 from wsi_idc.slides.backends import Description, RefusedError, check_rgb, first_line, make_levels
-from wsi_idc.slides.pictures import MAX_PICTURE_PIXELS, PictureSizeError, opened_picture
+from wsi_idc.slides.pictures import MAX_PICTURE_PIXELS, PictureSizeError, opened_picture, rgb_profile
 from wsi_idc.slides.whole import COPY_AGAIN
 from wsi_idc.units import LevelPx, Mpp
 
@@ -58,6 +58,7 @@ def open_picture(path: Path) -> ArrayBackend:
                 check_rgb(path, picture.size[::-1], np.dtype("float32" if picture.mode == "F" else "uint16"))
             pixels = np.asarray(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
             kind = picture.format or path.suffix.lstrip(".").upper()
+            profile = rgb_profile(picture)
             dpi = picture.info.get("dpi") if kind == "JPEG2000" else None
     except PictureSizeError as error:
         advice = "convert it to a tiled pyramidal TIFF, for example with vips"
@@ -71,7 +72,7 @@ def open_picture(path: Path) -> ArrayBackend:
     mpp = (Mpp(25_400 / float(dpi[0])), Mpp(25_400 / float(dpi[1]))) if dpi and min(dpi) > 0 else None
     source = "JPEG 2000 resolution box" if mpp else ""
     levels = make_levels([(pixels.shape[1], pixels.shape[0])])
-    return ArrayBackend([pixels], Description(kind, "Pillow", levels, mpp, source))
+    return ArrayBackend([pixels], Description(kind, "Pillow", levels, mpp, source, profile=profile))
 
 
 def open_ngff(path: Path) -> ArrayBackend:

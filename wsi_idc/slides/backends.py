@@ -60,6 +60,7 @@ class Description:
         origin: the slide's top-left in the file's own level-0 pixels (x, y), where the file says that only a part of
             it is the slide. All else here counts from it.
         warnings: what is missing from the file, a line each.
+        profile: its ICC profile; empty where it has none.
     """
 
     format: str
@@ -72,6 +73,7 @@ class Description:
     background: tuple[int, int, int] = WHITE
     origin: tuple[Level0Px, Level0Px] = FILE_ORIGIN
     warnings: tuple[str, ...] = ()
+    profile: bytes = b""
 
 
 class Backend(Protocol):
@@ -214,7 +216,19 @@ def describe_handle(handle: Any, reader: str) -> Description:
         associated=tuple(handle.associated_images),
         background=(int(colour[0:2], 16), int(colour[2:4], 16), int(colour[4:6], 16)),
         origin=(Level0Px(origin[0]), Level0Px(origin[1])),
+        profile=_profile(handle),
     )
+
+
+def _profile(handle: Any) -> bytes:
+    """The ICC profile of an OpenSlide handle; of a broken one the bytes as they are, which come with pixels alone."""
+    from PIL import ImageCms
+
+    try:
+        profile = handle.color_profile
+    except ImageCms.PyCMSError:
+        return bytes(handle.read_region((0, 0), handle.level_count - 1, (1, 1)).info.get("icc_profile", b""))
+    return b"" if profile is None else bytes(profile.tobytes())
 
 
 def in_file(description: Description, level: int, x: LevelPx, y: LevelPx) -> tuple[Level0Px, Level0Px]:

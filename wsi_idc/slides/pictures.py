@@ -18,6 +18,11 @@ MAX_PICTURE_PIXELS = 170_000_000
 """Pixels that are decoded in one piece (3 bytes each, 4 with transparency); Pillow's guard refuses 5 % more."""
 
 
+def rgb_profile(picture: "Image") -> bytes:
+    """The ICC profile of a picture that is kept in RGB; another's colours are converted without it."""
+    return picture.info.get("icc_profile") or b"" if picture.mode in ("RGB", "RGBA", "P") else b""
+
+
 class PictureSizeError(ValueError):
     """A picture of more pixels than are wanted; says how many it has."""
 

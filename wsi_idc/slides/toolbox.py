@@ -26,7 +26,7 @@ from wsi_idc.slides.backends import (
     make_levels,
     open_handle,
 )
-from wsi_idc.slides.pictures import MAX_PICTURE_PIXELS, PictureSizeError, opened_picture
+from wsi_idc.slides.pictures import MAX_PICTURE_PIXELS, PictureSizeError, opened_picture, rgb_profile
 from wsi_idc.slides.whole import is_dicom, is_tiff
 from wsi_idc.sources import first_bytes
 from wsi_idc.units import LevelPx, Mpp
@@ -159,7 +159,7 @@ def _open_picture(path: Path) -> ToolboxBackend:
 
     try:
         with opened_picture(path, MAX_PICTURE_PIXELS) as picture:
-            kind = picture.format or ""
+            kind, profile = picture.format or "", rgb_profile(picture)
     except PictureSizeError as error:
         advice = "convert it to a tiled pyramidal TIFF, for example with vips"
         raise SlideError(path, f"a picture without levels of {error}", advice) from error
@@ -169,7 +169,7 @@ def _open_picture(path: Path) -> ToolboxBackend:
 
     def describe(opened: Any) -> Description:
         check_rgb(path, opened.img.shape, opened.img.dtype)
-        return Description(kind, "tiatoolbox virtual", make_levels([opened.img.shape[1::-1]]))
+        return Description(kind, "tiatoolbox virtual", make_levels([opened.img.shape[1::-1]]), profile=profile)
 
     return ToolboxBackend(lambda: reader(path), describe, shared=True)
 
@@ -204,7 +204,11 @@ def _describe_tiff(path: Path, reader: Any) -> Description:
         levels=make_levels(sizes, blocks),
         mpp=mpp,
         mpp_source=source if mpp else "",
+        profile=bytes(page.tags.valueof(_ICC_TAG, b"")),
     )
+
+
+_ICC_TAG = 34675
 
 
 def _tiff_resolution(page: Any) -> tuple[Mpp, Mpp] | None:
@@ -217,7 +221,8 @@ def _tiff_resolution(page: Any) -> tuple[Mpp, Mpp] | None:
 def _describe_dicom(reader: Any) -> Description:
     wsi = reader.wsi
     levels = list(wsi.levels)
-    spacing = wsi.levels.base_level.datasets[0].pixel_spacing
+    dataset = wsi.levels.base_level.datasets[0]
+    spacing, paths = dataset.pixel_spacing, getattr(dataset, "OpticalPathSequence", None) or []
     mpp = None if spacing is None else (Mpp(spacing.width * 1e3), Mpp(spacing.height * 1e3))
     names = ("label", "overview", "thumbnail")
     return Description(
@@ -230,6 +235,7 @@ def _describe_dicom(reader: Any) -> Description:
         mpp=mpp,
         mpp_source="DICOM PixelSpacing" if mpp else "",
         associated=tuple(name for name in names if getattr(wsi, f"{name}s", None)),
+        profile=next((bytes(path.ICCProfile) for path in paths if "ICCProfile" in path), b""),
     )
 
 

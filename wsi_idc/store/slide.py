@@ -104,13 +104,13 @@ def identity(spec: TileSpec, mpp: Sequence[Mpp], cells: str, pixels: Sequence[st
     return digest([spec.content(), list(mpp), cells, pixels if isinstance(pixels, Mapping) else list(pixels)])
 
 
-_PIXELS_FROM = ("source", "reader")
+_PIXELS_FROM = ("source", "reader", "icc")
 """Of what tiles are made from: what their pixels are read from, where they are not kept."""
 
 
 def pixels_from(made_from: Mapping[str, Any]) -> dict[str, Any]:
     """What the pixels of tiles are read from, where they are not kept; for `identity`."""
-    return {name: made_from[name] for name in _PIXELS_FROM if name in made_from}
+    return {name: made_from[name] for name in _PIXELS_FROM if made_from.get(name)}
 
 
 class StoredSlide:

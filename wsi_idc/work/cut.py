@@ -89,30 +89,47 @@ def describe(row: Row, seen: Seen) -> dict[str, Any]:
 
 
 def find_tissue(
-    slide: Slide, settings: CutSettings, mask_path: Path | None, grid: Grid
+    slide: Slide, settings: CutSettings, mask_path: Path | None, grid: Grid, found: dict[str, Any] | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], NDArray[np.int32], NDArray[np.float32]]:
     """Thumbnail, tissue mask, kept cells, and the part of each that is tissue.
+
+    Args:
+        slide: the slide.
+        settings: how it is cut.
+        mask_path: the manifest's mask.
+        grid: the slide's grid.
+        found: is given how that came about: the attributes `tissue_steps` and `stain` (docs/store.md).
 
     Returns:
         uint8 (h, w, 3); bool (h, w); int32 (n, 2) of row, column, in row order; float32 (n,).
     """
-    from wsi_idc.tissue import MASK_MPP, read_mask, tile_fraction, tissue_mask
+    from wsi_idc.tissue import MASK_MPP, read_mask, stain, tile_fraction, tissue_mask
 
     thumbnail, mpp = slide.thumbnail(MASK_MPP)
+    steps: dict[str, float] = {}
+
+    def tell(method: str, mask: NDArray[np.bool_], touched: int, kept: int) -> None:
+        part = round(np.count_nonzero(mask) / max(1, mask.size), 6)
+        about = {"method": method, "steps": steps, "tissue": part, "tiles_with_tissue": touched, "tiles_kept": kept}
+        if found is not None:
+            found.update(tissue_steps=about, stain=stain(thumbnail, mask))
+
     if slide.patches is not None:
         cells, _ = slide.patches.ready_cells()
         mask = np.zeros(thumbnail.shape[:2], bool)
         scale = np.asarray(mask.shape) / slide.size[::-1]
         for top, left in (grid.position(cells)[:, ::-1] * scale).astype(int).tolist():
             mask[top : top + int(grid.extent[1] * scale[0]), left : left + int(grid.extent[0] * scale[1])] = True
+        tell("patches", mask, len(cells), len(cells))
         return thumbnail, mask, cells, np.ones(len(cells), np.float32)
     if mask_path is not None:
         mask = read_mask(mask_path, thumbnail.shape[:2])
     else:
-        mask = tissue_mask(thumbnail, mpp, settings.tissue)
+        mask = tissue_mask(thumbnail, mpp, settings.tissue, steps)
     cells = grid.cells()
     tissue = tile_fraction(mask, grid, cells)
     kept = (tissue >= settings.min_tissue) & ((tissue > 0) | (settings.tissue == "none"))
+    tell("mask" if mask_path is not None else settings.tissue, mask, int((tissue > 0).sum()), int(kept.sum()))
     return thumbnail, mask, cells[kept], tissue[kept]
 
 
@@ -156,7 +173,7 @@ class CutJob:
         return [(file, need[name]) for name, file in files.items() if file is not None]
 
     def _open(self, path: Path) -> Slide:
-        return open_slide(path, self.row.mpp, self.settings.reader)
+        return open_slide(path, self.row.mpp, self.settings.reader, icc=self.settings.icc)
 
     def prepare(self, work: Work) -> Prepared:
         """Find the tissue, and write all that does not need the tiles' pixels."""
@@ -168,7 +185,8 @@ class CutJob:
             grid = Grid(spec, slide.size, slide.mpp)
             warnings = [*slide.warnings, *check_fit(slide, grid)]
             mask_path = files[self.row.mask] if self.row.mask is not None else None
-            thumbnail, mask, cells, tissue = find_tissue(slide, self.settings, mask_path, grid)
+            found: dict[str, Any] = {}
+            thumbnail, mask, cells, tissue = find_tissue(slide, self.settings, mask_path, grid, found)
             if not len(cells):
                 warnings.append("no tissue found")
             annotation = files[self.row.annotation] if self.row.annotation is not None else None
@@ -179,7 +197,11 @@ class CutJob:
                 "size": list(slide.size),
                 "mpp": list(slide.mpp),
                 "mpp_source": slide.mpp_source,
+                "mpp_file": None if slide.description.mpp is None else list(slide.description.mpp),
                 "origin": list(slide.origin),
+                "icc": None if slide.icc is None else {"profile": slide.icc, "applied": slide.icc_applied},
+                "damage": slide.damage,
+                **found,
             }
         node = self._node
         attempt = node.begin()
@@ -279,7 +301,13 @@ class CutJob:
         }
         attributes = {**describe(self.row, self.seen), **info["about"], "tile": self.settings.tile.content()}
         node.commit({**attributes, "warnings": info["warnings"], "complete": complete}, info["attempt"])
-        return Outcome("done", tiles=prepared.tiles, warnings=tuple(info["warnings"]))
+        unapplied = info["about"]["icc"] is not None and not self.settings.icc
+        return Outcome(
+            "done",
+            tiles=prepared.tiles,
+            warnings=tuple(info["warnings"]),
+            notes=("an ICC profile is there and was not applied (--icc applies it)",) if unapplied else (),
+        )
 
     def drop(self) -> None:
         """Delete what was copied for it on this host."""

@@ -10,8 +10,8 @@ import errno
 import time
 import traceback
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -126,6 +126,7 @@ class Outcome:
         tiles: tiles written or scored.
         reason: why it failed; empty when done.
         warnings: lines that a user should see.
+        notes: lines that are told once a run, with the number of slides that they are true of.
         detail: the traceback where it failed, for those who look for a defect.
     """
 
@@ -133,6 +134,7 @@ class Outcome:
     tiles: int = 0
     reason: str = ""
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     detail: str = field(default="", compare=False)
 
 
@@ -229,8 +231,14 @@ def carry_out(
         with place as opened:
             opened.admit(jobs)
             outcomes = run_jobs(opened, jobs, listener)
-            notes = tuple(opened.notes)
+            notes = (*opened.notes, *_counted(outcomes.values()))
     return Summary(plans, outcomes, time.monotonic() - start, notes)
+
+
+def _counted(outcomes: Iterable[Outcome]) -> list[str]:
+    """The notes of all slides, each once."""
+    counts = Counter(note for outcome in outcomes for note in outcome.notes)
+    return [f"{count:,} slide{'s' if count != 1 else ''}: {note}" for note, count in counts.items()]
 
 
 def run_jobs(place: Place, jobs: Sequence[Job], listener: Listener) -> dict[str, Outcome]:

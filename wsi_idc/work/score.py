@@ -125,7 +125,9 @@ class ScoreJob:
         try:
             with at_hand(self.stage, wanted(slide)) as files:
                 path = files[source_of(slide.path)]
-                yield lambda: open_slide(path, made_from["slide um/px"], made_from["reader"])
+                yield lambda: open_slide(
+                    path, made_from["slide um/px"], made_from["reader"], icc=made_from.get("icc", False)
+                )
         except ChangedError as error:
             raise _changed(error.subject) from error
 
