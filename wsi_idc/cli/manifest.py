@@ -2,12 +2,18 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wsi_idc.cli.options import console_for
+from wsi_idc.console import Console
 from wsi_idc.errors import ResolutionError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wsi_idc.manifest import Row
 
 
 def make_manifest(
@@ -19,6 +25,9 @@ def make_manifest(
         Path | None, typer.Option(help="CSV of patient_id (or slide_id) and split.", metavar="FILE")
     ] = None,
     mpp: Annotated[float | None, typer.Option(help="um/px of slides that have none of their own.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Open every slide, and say what extract and infer would take.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the CSV if it is there already.")] = False,
 ) -> None:
     """Write a manifest of every slide in a folder."""
@@ -37,10 +46,32 @@ def make_manifest(
     if not found.rows:
         raise UsageError(folder, "no slide found in it", "see the formats in the README")
     rows, lines = (found.rows, []) if mpp is None else fill_mpp(found.rows, Mpp(mpp), _lacks_mpp)
-    write_manifest(output or sys.stdout, rows)
+    if output is not None or not check:
+        write_manifest(output or sys.stdout, rows)
     for line in [*found.lines(), *lines]:
         console.trouble(line)
     console.trouble(f"{len(rows)} slide{'s' if len(rows) != 1 else ''}{f' in {output}' if output else ''}")
+    if check:
+        _check(console, rows)
+
+
+def _check(console: Console, rows: "Sequence[Row]") -> None:
+    """Say of each slide what it is, or why extract cannot cut it, and what all of them would take."""
+    from wsi_idc.survey import Surveyed, survey
+
+    def told(slide_id: str, found: Surveyed | str) -> None:
+        if isinstance(found, str):
+            console.trouble(f"failed {slide_id}: {found}")
+            return
+        console.line(f"{slide_id}: {found.line}")
+        for warning in found.warnings:
+            console.trouble(f"warning {slide_id}: {warning}")
+
+    found = survey(rows, told)
+    for line in found.lines():
+        console.line(line)
+    if found.failures:
+        raise typer.Exit(1)
 
 
 def _lacks_mpp(path: Path) -> bool:

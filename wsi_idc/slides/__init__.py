@@ -167,6 +167,10 @@ class Slide:
     def _blank(self, width: int, height: int) -> NDArray[np.uint8]:
         return np.full((height, width, 3), self._background, np.uint8)
 
+    def level_for(self, mpp: Mpp) -> int:
+        """The coarsest level that is at least as fine as `mpp`, or up to 1 % coarser; else the finest."""
+        return max((n for n in range(len(self.levels)) if self.level_mpp(n) <= mpp * 1.01), default=0)
+
     def thumbnail(self, mpp: Mpp) -> tuple[NDArray[np.uint8], Mpp]:
         """The whole slide at about `mpp` um/px, area-averaged from the coarsest level that is at least as fine.
 
@@ -181,7 +185,7 @@ class Slide:
         """
         from PIL import Image
 
-        level = max((n for n in range(len(self.levels)) if self.level_mpp(n) <= mpp * 1.01), default=0)
+        level = self.level_for(mpp)
         factor = max(1, round(mpp / self.level_mpp(level)))
         width, height = self.levels[level].size
         shape = (-(-height // factor), -(-width // factor))
