@@ -157,7 +157,9 @@ def _open(stored: StoredSlide) -> tuple[Slide | None, str]:
     try:
         if fingerprint(Path(source)) != made_from["source"]:
             return None, f"The slide's file is not, or no longer, the one that was extracted: {shown}."
-        return open_slide(Path(source), made_from["slide um/px"], made_from["reader"]), ""
+        return open_slide(
+            Path(source), made_from["slide um/px"], made_from["reader"], icc=made_from.get("icc", False)
+        ), ""
     except OSError as error:
         return None, f"The slide's file cannot be read ({error.strerror or error}): {shown}."
     except (SlideError, WsiIdcError) as error:
