@@ -43,3 +43,22 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def flush_all(path: Path) -> None:
+    """Make a file, or a folder with all that is in it, outlive a power cut."""
+    if not path.is_dir():
+        _flush_file(path)
+        return
+    for root, _, names in os.walk(path):
+        for name in names:
+            _flush_file(Path(root, name))
+        flush_folder(Path(root))
+
+
+def _flush_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -65,7 +65,10 @@ def tissue_mask(
         return np.zeros(thumbnail.shape[:2], dtype=np.bool_)
     if method == "default":
         return _default_mask(thumbnail, mpp, steps)
-    from tiatoolbox.tools.tissuemask import MorphologicalMasker, OtsuTissueMasker
+    from wsi_idc.slides.toolbox import without_log_handlers
+
+    with without_log_handlers():
+        from tiatoolbox.tools.tissuemask import MorphologicalMasker, OtsuTissueMasker
 
     masker = OtsuTissueMasker() if method == "otsu" else MorphologicalMasker(mpp=mpp)
     try:

@@ -39,7 +39,8 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="csv, parquet, geojson or png; may be repeated. [default: csv]",
+            help="csv, parquet, geojson, png, ome-tiff, ngff, ngff-0.4, annotation-store or dicom; may be repeated. "
+            "[default: csv]",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the files. [default: export]", metavar="DIR")] = None,

@@ -4,13 +4,15 @@
     OUT/slides.csv, OUT/slides.parquet    a row a slide
     OUT/exported.json                     what each was made from
 
-The store is the truth and `exported.json` only saves work: a file that is gone, or not of the size that stands there,
-is written again. Files that no current map stands behind are named and left where they are.
+The store is the truth and `exported.json` only saves work: a file that is gone, or not of the size and time that stand
+there, is written again. So what a killed run left counts for nothing, be it a folder that it began to remove, or a file
+that it put in its place and could not note. Files that no current map stands behind are named and left where they are.
 """
 
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +22,16 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from wsi_idc import __version__
 from wsi_idc.digests import digest
-from wsi_idc.errors import SlideError, StoreBusyError, StoreWriteError, UsageError, system_advice, system_reason
-from wsi_idc.files import write_whole
+from wsi_idc.errors import (
+    SlideError,
+    StoreBusyError,
+    StoreDamageError,
+    StoreWriteError,
+    UsageError,
+    system_advice,
+    system_reason,
+)
+from wsi_idc.files import flush_all, flush_folder, write_whole
 from wsi_idc.plan import Plan, plan
 from wsi_idc.results import Absent, Choice, Result, choose_model, look_at_all
 from wsi_idc.settings import ExportFormat, ExportSettings
@@ -37,6 +47,8 @@ class Format(Protocol):
     Attributes:
         SUFFIX: of its files' or folders' names; one that has several is a `SeveralSuffixes` too.
         VERSION: another one where the same result would give another file.
+
+    A format that not every slide can have also has a function `lacks(result)`: why a slide cannot, or "".
     """
 
     SUFFIX: str
@@ -64,6 +76,11 @@ _MODULES: Mapping[ExportFormat, str] = {
     "parquet": "tile_parquet",
     "geojson": "geojson",
     "png": "png",
+    "ome-tiff": "ome_tiff",
+    "ngff": "ngff",
+    "ngff-0.4": "ngff_04",
+    "annotation-store": "annotation_store",
+    "dicom": "dicom",
 }
 FORMATS = tuple(_MODULES)
 
@@ -71,6 +88,11 @@ FORMATS = tuple(_MODULES)
 def format_of(name: ExportFormat) -> Format:
     """The module that writes a format."""
     return cast(Format, import_module(f"wsi_idc.export.{_MODULES[name]}"))
+
+
+def lacks(name: ExportFormat, result: Result) -> str:
+    """Why a slide cannot have a format, whatever its map is; "" where it can."""
+    return str(getattr(format_of(name), "lacks", lambda result: "")(result))
 
 
 def export(
@@ -107,6 +129,7 @@ def export(
     told = listener(names)
     plans: dict[str, Plan] = {}
     outcomes: dict[str, Outcome] = {}
+    left_out: Counter[str] = Counter()
     untiled = 0
     with _held(settings.out):
         index = _Index(settings.out)
@@ -123,7 +146,15 @@ def export(
                     outcomes[name] = Outcome("failed", reason=str(found) + index.left_behind(name))
                     told.ended(name, outcomes[name])
                     continue
-                plans[name], outcome, row = _one_slide(found, settings, index, force=force)
+                kinds = []
+                for kind in settings.formats:
+                    if why := lacks(kind, found):
+                        left_out[f"{kind}: {why}"] += 1
+                    else:
+                        kinds.append(kind)
+                if not kinds:
+                    continue
+                plans[name], outcome, row = _one_slide(found, kinds, settings.out, index, force=force)
                 rows.append(row)
                 if outcome is not None:
                     outcomes[name] = outcome
@@ -131,6 +162,7 @@ def export(
             notes = _write_slides(settings, rows, whole=not only)
         finally:
             index.write()
+    notes += [f"{why}: {count} slide{'s' if count != 1 else ''} left out" for why, count in left_out.items()]
     if untiled:
         notes.append(
             f"{untiled} slide{'s' if untiled != 1 else ''} without complete tiles left out: see wsi-idc status"
@@ -139,14 +171,14 @@ def export(
 
 
 def _one_slide(
-    result: Result, settings: ExportSettings, index: "_Index", *, force: bool
+    result: Result, kinds: Sequence[ExportFormat], out: Path, index: "_Index", *, force: bool
 ) -> tuple[Plan, Outcome | None, dict[str, Any]]:
     """What was to be done with a slide, what became of it, and its row."""
     from wsi_idc.export.tables import slide_row
 
     name, need = result.slide_id, _made_from(result)
     decided: dict[ExportFormat, Plan] = {}
-    for kind in settings.formats:
+    for kind in kinds:
         decided[kind] = plan({**need, "format": format_of(kind).VERSION}, index.made_from(name, kind), force=force)
     todo = {kind: one for kind, one in decided.items() if one.action != "skip"}
     row = index.row(name, need)
@@ -154,16 +186,24 @@ def _one_slide(
         return Plan("skip", "already done"), None, row
     first = next(iter(todo.values()), Plan("run", "new"))
     warnings: list[str] = []
+    failures: list[str] = []
     try:
         for kind in todo:
-            path, more = _write_one(result, kind, settings.out)
-            warnings += more
-            index.put(name, kind, {**need, "format": format_of(kind).VERSION}, path)
+            try:
+                path, more = _write_one(result, kind, out)
+                warnings += more
+                index.put(name, kind, {**need, "format": format_of(kind).VERSION}, path)
+            except StoreDamageError:
+                raise
+            except SlideError as error:  # Of this format alone: the slide may have the others.
+                failures.append(f"{kind}: {error}")
         row = slide_row(result)
         index.put_row(name, need, row)
-    except SlideError as error:
+    except StoreDamageError as error:
         row = _absent_row(Absent(name, "damaged", error.problem, result.slide), Choice(result.model))
         return first, Outcome("failed", reason=str(error)), row
+    if failures:
+        return first, Outcome("failed", reason="; ".join(failures), warnings=tuple(warnings)), row
     return first, Outcome("done", tiles=result.slide.count, warnings=tuple(warnings)), row
 
 
@@ -190,9 +230,11 @@ def _write_one(result: Result, kind: ExportFormat, out: Path) -> tuple[Path, lis
     try:
         with _writing(path):
             warnings = module.write(result, beside)
+            flush_all(beside)
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             beside.replace(path)
+            flush_folder(path.parent)
         return path, warnings
     finally:
         with _writing(path):
@@ -246,7 +288,7 @@ def _held(out: Path) -> Iterator[None]:
 
 @dataclass
 class _Index:
-    """What stands in `exported.json`: slide id -> format -> the file's name, what it was made from, and its size."""
+    """What stands in `exported.json`: slide id -> format -> the file's name, what it was made from, its size and time."""
 
     out: Path
 
@@ -266,7 +308,7 @@ class _Index:
         """What a file that is there was made from; None where it is not, or not as it was written."""
         entry, path = self._entry(name, kind), self._path(name, kind)
         try:
-            same = path is not None and _size(path) == entry.get("bytes")
+            same = path is not None and _stamp(path) == entry.get("stamp")
         except OSError:
             same = False
         made_from = entry.get("made from")
@@ -284,7 +326,7 @@ class _Index:
         if before is not None and before != path:
             with _writing(before):
                 _remove(before)
-        entry = {"file": path.name, "made from": dict(made_from), "bytes": _size(path)}
+        entry = {"file": path.name, "made from": dict(made_from), "stamp": _stamp(path)}
         self._slides.setdefault(name, {})[kind] = entry
 
     def row(self, name: str, need: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -307,11 +349,11 @@ class _Index:
             write_whole(self.out / INDEX, json.dumps(self._slides).encode())
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size
+def _stamp(path: Path) -> list[int]:
+    """Bytes of a file, or of all files of a folder, and when the last of them was written."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    found = [file.stat() for file in files]
+    return [sum(one.st_size for one in found), max((one.st_mtime_ns for one in found), default=0)]
 
 
 def _absent_row(absent: Absent, choice: Choice) -> dict[str, Any]:

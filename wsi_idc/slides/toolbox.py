@@ -8,7 +8,8 @@ um/px are those of the file: where it has none, tiatoolbox would guess them from
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -256,14 +257,23 @@ def _describe_ngff(reader: Any) -> Description:
 
 
 def toolbox() -> Any:
-    """tiatoolbox's readers, imported where a slide is opened (5 to 10 s), without the log handlers it would install."""
+    """tiatoolbox's readers, imported where a slide is opened (5 to 10 s)."""
+    with without_log_handlers():
+        from tiatoolbox.wsicore import wsireader
+
+    return wsireader
+
+
+@contextmanager
+def without_log_handlers() -> Iterator[None]:
+    """Around an import of tiatoolbox: without the log handlers that it would install for every library."""
     import logging
 
     logging.getLogger().addHandler(logging.NullHandler())
-    from tiatoolbox.wsicore import wsireader
-
-    logging.captureWarnings(False)
-    return wsireader
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
 
 
 def _quietly(opener: Callable[..., Any], *arguments: Any) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from wsi_idc.errors import StoreBusyError, StoreError, system_reason
-from wsi_idc.files import flush_folder, write_whole
+from wsi_idc.files import flush_all, write_whole
 from wsi_idc.objects import is_url
 
 if TYPE_CHECKING:
@@ -211,14 +211,7 @@ class FolderBacking:
 
     def flush(self, prefix: str) -> None:
         """See `Backing.flush`."""
-        for root, _, names in os.walk(self._path(prefix)):
-            for name in names:
-                handle = os.open(Path(root, name), os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
-            flush_folder(Path(root))
+        flush_all(self._path(prefix))
 
     def zarr(self, *, read_only: bool) -> "ZarrStore":
         """See `Backing.zarr`."""

@@ -27,6 +27,7 @@ from wsi_idc.slides import Slide, open_slide
 from wsi_idc.sources import source_of
 from wsi_idc.staging import Stage, Wanted, at_hand, drop, unusable
 from wsi_idc.store import Node, Store, StoredSlide, Ticket, admit
+from wsi_idc.store.ngff import ngff_attributes
 from wsi_idc.store.slide import tiles_per_shard
 from wsi_idc.work.cut import unseen_store
 from wsi_idc.work.jobs import Block, Outcome, Prepared, Work
@@ -194,7 +195,9 @@ class ScoreJob:
             "patient_id": slide.patient_id,
             "use": USE,
         }
-        node.commit({"ome": ngff_image(slide, fields, image.ndim), **about, "complete": complete}, attempt)
+        channels = fields.classes if image.ndim == 3 else fields.classes[-1:]
+        ome = ngff_attributes(slide, fields.name, channels, image.ndim)
+        node.commit({**ome, **about, "complete": complete}, attempt)
         return Outcome("done", tiles=prepared.tiles)
 
     def hindrances(self) -> list[str]:
@@ -282,27 +285,6 @@ def _positive(fields: Bundle, probability: NDArray[np.float32]) -> int | None:
     """Tiles that the model calls positive; None for a model that has no operating point."""
     threshold = fields.operating_point
     return None if threshold is None else int((fields.positive_of(probability) >= threshold).sum())
-
-
-def ngff_image(slide: StoredSlide, fields: Bundle, dimensions: int) -> dict[str, Any]:
-    """OME-NGFF 0.5 metadata of a map (https://ngff.openmicroscopy.org/0.5/).
-
-    A pixel of the map is a cell of the grid, so the scale is the stride. The translation is the centre of the first
-    tile as seen from the centre of the slide's first pixel: viewers put a pixel's centre at its coordinate, and so map
-    and slide lie on each other. A map of several classes has a channel for each.
-    """
-    spec = slide.spec
-    pitch = spec.stride_px * spec.mpp
-    side = spec.size_px * spec.mpp
-    x, y = slide.mpp
-    axes: list[dict[str, str]] = [{"name": name, "type": "space", "unit": "micrometer"} for name in ("y", "x")]
-    scale, translation = [pitch, pitch], [(side - y) / 2, (side - x) / 2]
-    if dimensions == 3:
-        axes, scale, translation = [{"name": "c", "type": "channel"}, *axes], [1.0, *scale], [0.0, *translation]
-    transforms = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": translation}]
-    datasets = [{"path": "0", "coordinateTransformations": transforms}]
-    what = "P" if dimensions == 3 else f"P({fields.classes[-1]})"
-    return {"version": "0.5", "multiscales": [{"name": f"{what} {fields.name}", "axes": axes, "datasets": datasets}]}
 
 
 def versions(form: Form) -> dict[str, str]:
