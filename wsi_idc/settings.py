@@ -18,9 +18,7 @@ LastTile = Literal["keep", "drop"]
 Reader = Literal["auto", "openslide", "tiatoolbox"]
 EmptyAnnotation = Literal["unknown", "negative"]
 Precision = Literal["auto", "float32", "int8"]
-ExportFormat = Literal[
-    "csv", "parquet", "geojson", "png", "ome-tiff", "ngff", "ngff-0.4", "annotation-store", "dicom"
-]
+ExportFormat = Literal["csv", "parquet", "geojson", "png", "ome-tiff", "ngff", "ngff-0.4", "annotation-store", "dicom"]
 
 CONTENT: dict[str, Any] = {"kind": "content"}
 RUNTIME: dict[str, Any] = {"kind": "runtime"}
