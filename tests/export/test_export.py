@@ -122,7 +122,7 @@ def test_what_hinders_is_one_line(store, run, out, tmp_path, recorder):
 
 
 def test_names_that_a_spreadsheet_would_run_are_text():
-    from wsi_idc.export.tables import safe_cell
+    from wsi_idc.csvs import safe_cell
 
     assert safe_cell("=1+1") == "'=1+1" and safe_cell("a\x1b[2Jb") == "a\\x1b[2Jb" and safe_cell("p1") == "p1"
 

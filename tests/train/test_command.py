@@ -83,14 +83,16 @@ def test_figures_say_whose_they_are_and_where_they_are_undefined(here, monkeypat
     nan = float("nan")
     figures = {"roc_auc": (0.75, nan, nan), "f1": (nan, nan, nan), "brier": (0.1, 0.05, 0.2)}
     monkeypatch.setattr(train, "run", lambda *_, **__: TrainResult(tmp_path / "m", 2, figures, []))
-    rows = [line.split() for line in here("train").stdout.splitlines()[:4]]
-    assert rows == [
+    lines = here("train").stdout.splitlines()
+    assert [line.split() for line in lines[:4]] == [
         ["figure", "on", "validation", "patients", "value", "95", "%", "interval"],
-        ["roc_auc", "0.750", "undefined"],
-        ["f1", "undefined", "undefined"],
-        ["brier", "0.100", "0.050", "to", "0.200"],
+        ["ROC", "AUC", "0.750", "undefined"],
+        ["F1", "undefined", "undefined"],
+        ["Brier", "score", "0.100", "0.050", "to", "0.200"],
     ]
-    assert "figure on held-out patients" in here("train", "--folds", 3).stdout
+    assert lines[4].startswith("these figures flatter: validation patients chose the epoch and the thresholds")
+    folds = here("train", "--folds", 3).stdout
+    assert "figure on held-out patients" in folds and "flatter" not in folds
     assert "figure on validation tiles" in here("train", "--split-by", "tile").stdout
     told = json.loads(here("train", "--json").stdout)
     assert told["figures"] == {"roc_auc": [0.75, None, None], "f1": [None] * 3, "brier": [0.1, 0.05, 0.2]}

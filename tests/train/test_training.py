@@ -41,6 +41,9 @@ def test_a_bundle_is_whole_and_its_forms_agree(make_store, make, patients, tmp_p
     assert result.figures["roc_auc"][0] > 0.9
     assert sum(line.startswith("epoch ") for line in lines) == 3
     assert any("14 tiles have no label" in line for line in lines)
+    # The notes are told by who asked for the training, with the figures, and not twice.
+    assert any("2 patients only" in note for note in result.notes)
+    assert not set(result.notes) & set(lines)
     expected = {"CARD.md", "bundle.json", "history.csv", "history.png", "model.onnx", "model.safetensors"}
     assert expected <= {path.name for path in result.bundle.iterdir()}
     assert (result.bundle / "history.csv").read_text().splitlines()[0] == "epoch,train_loss,val_loss,val_auc,lr"

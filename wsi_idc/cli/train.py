@@ -92,6 +92,7 @@ def train(
     result = run(store, out, settings, say=console.line, resume=resume, progress=console.draws)
     if result is None:
         return  # A helper of another process, which tells how it went.
+    from wsi_idc.evaluate.metrics import FIGURES
     from wsi_idc.evaluate.page import plain
     from wsi_idc.train.result import tell
 
@@ -107,6 +108,11 @@ def train(
         console.line(note)
     console.table(
         [f"figure on {judges}", "value", "95 % interval"],
-        [[name, *tell(figure)] for name, figure in result.figures.items()],
+        [[FIGURES[name], *tell(figure)] for name, figure in result.figures.items()],
     )
+    if not settings.folds:
+        advice = "wsi-idc infer, then wsi-idc evaluate, on patients that are in no list of it"
+        console.line(
+            f"these figures flatter: {judges} chose the epoch and the thresholds. To judge the model: {advice}"
+        )
     console.line(f"wrote {result.bundle}. {USE}")

@@ -1,7 +1,6 @@
 """What a cross-validation leaves behind: each tile's probability by the fold that never saw its patient."""
 
 import csv
-import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_idc.csvs import csv_text
 from wsi_idc.errors import UsageError
 from wsi_idc.files import write_whole
 
@@ -77,11 +77,7 @@ class HeldOut:
 
 def write_held_out(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write the file, a row a tile; the keys are those of `HeldOut.columns` and `fold`."""
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, fieldnames=list(_COLUMNS))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(folder / FILE, stream.getvalue().encode())
+    write_whole(folder / FILE, csv_text(rows, list(_COLUMNS), "exact").encode())
 
 
 def read_held_out(folder: Path) -> HeldOut:

@@ -5,16 +5,14 @@ written, each is written beside its place and renamed, and `report.html` comes l
 and a page never stands beside figures that are older than it.
 """
 
-import csv
-import io
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from wsi_idc import USE, __version__
+from wsi_idc.csvs import csv_text
 from wsi_idc.errors import UsageError
 from wsi_idc.evaluate.bootstrap import CALIBRATION_BINS
 from wsi_idc.evaluate.metrics import FIGURES, RESAMPLES, Evaluation, GroupRow, Results, evaluate
@@ -163,20 +161,10 @@ def _tables(results: Results, notes: Sequence[str]) -> dict[str, str]:
         for row in results.differences
     ]
     heads = ["model", "minus", "figure", "value", "low", "high", "at_or_below_zero", "favours", "note"]
-    texts = {f"{name}.csv": _csv(rows[0], rows) for name, rows in tables.items()}
-    return texts | {"differences.csv": _csv(heads, differences)}
+    texts = {f"{name}.csv": csv_text(rows) for name, rows in tables.items()}
+    return texts | {"differences.csv": csv_text(differences, heads)}
 
 
 def _group(row: GroupRow, note: str) -> dict[str, Any]:
     counted = {"tiles": row.tiles, "positive": row.positive, "mean_probability": row.mean_probability}
     return counted | asdict(row.confusion) | dict(row.figures) | {"note": note}
-
-
-def _csv(heads: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as CSV; an undefined figure is an empty field."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(heads), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-    return stream.getvalue()

@@ -1,7 +1,6 @@
 """Tables of results: a row a tile, and a row a slide; as CSV, and as Parquet of the same columns."""
 
 import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,20 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc import USE
-from wsi_idc.console import printable
+from wsi_idc.csvs import csv_text, safe_cell
 from wsi_idc.files import whole_file, write_whole
 from wsi_idc.results import Absent, Result
 
 SLIDE_TABLES = ("csv", "parquet")
 STRONGEST = 5
 """Regions that a slide's row names."""
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
-
-
-def safe_cell(text: str) -> str:
-    """A text that no spreadsheet takes for a formula, and no terminal for a command."""
-    shown = printable(text).replace("\n", "\\n")
-    return f"'{shown}" if text.startswith(_FORMULA) else shown
 
 
 def tile_columns(result: Result) -> dict[str, NDArray[Any]]:
@@ -97,24 +89,13 @@ def write_slides(kind: str, rows: Sequence[Mapping[str, Any]], path: Path) -> No
     """
     names = list(dict.fromkeys(name for row in rows for name in row)) if rows else list(_about("", "", "", "", {}))
     if kind == "csv":
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([safe_cell(name) for name in names])
-        writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
-        write_whole(path, text.getvalue().encode())
+        write_whole(path, csv_text(rows, names).encode())
         return
     import pyarrow as pa
 
     columns = {name: [row.get(name) for row in rows] for name in names}
     with whole_file(path) as stream:
         write_parquet(pa.table(columns), stream)
-
-
-def _cell(value: Any) -> str:
-    """A value as CSV has it; floats by their shortest form that reads back the same, NaN and None as nothing."""
-    if value is None or value != value:
-        return ""
-    return safe_cell(value) if isinstance(value, str) else str(value)
 
 
 def write_tiles_csv(result: Result, path: Path) -> None:

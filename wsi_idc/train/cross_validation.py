@@ -84,6 +84,8 @@ def cross_validate(
             if result is None:
                 return None
             epochs += result.epochs
+            for note in result.notes:
+                say(note)
         folds.append(_predict(folder, tiles, split, settings, number))
     columns = [_columns(fold, folds, tiles) for fold in folds]
     rows = []

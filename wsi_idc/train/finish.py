@@ -21,7 +21,7 @@ from wsi_idc.model.bundle import Bundle, read_bundle
 from wsi_idc.model.network import TileNetwork, export_onnx, quantize, save_weights
 from wsi_idc.model.runtime import load_runtime, predict_all
 from wsi_idc.train.calibrate import calibrate
-from wsi_idc.train.data import LabelledTiles, Say
+from wsi_idc.train.data import LabelledTiles
 from wsi_idc.train.history import draw_history, merge_logs
 from wsi_idc.train.judge import expected_logit, judge_tiles
 from wsi_idc.train.outputs import put_json, put_table
@@ -59,7 +59,6 @@ def finish(
     work: Path,
     out: Path,
     epochs: int,
-    say: Say,
 ) -> Finished:
     """Write the bundle beside its place, then rename it.
 
@@ -72,7 +71,6 @@ def finish(
         work: the training's folder, with its logs.
         out: the bundle's place.
         epochs: epochs that were trained.
-        say: takes lines for the user.
 
     Raises:
         WsiIdcError: the disk is full, or the graph and the network disagree.
@@ -81,7 +79,7 @@ def finish(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        finished = _write(network, tiles, split, settings, pixels, work, partial, out.name, epochs, say)
+        finished = _write(network, tiles, split, settings, pixels, work, partial, out.name, epochs)
         partial.replace(out)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -100,7 +98,6 @@ def _write(
     folder: Path,
     name: str,
     epochs: int,
-    say: Say,
 ) -> Finished:
     network.eval().to("cpu")
     network.temperature.fill_(1.0)
@@ -145,8 +142,6 @@ def _write(
         put_table(folder / "history.csv", rows)
         write_whole(folder / "history.png", draw_history(rows))
     write_whole(folder / "CARD.md", card_text(card).encode())
-    for line in notes:
-        say(line)
     return Finished(evaluation.intervals, notes)
 
 

@@ -27,18 +27,23 @@ def merge_logs(folder: Path) -> list[dict[str, float]]:
 
 
 def draw_history(rows: Sequence[Mapping[str, float]]) -> bytes:
-    """Loss and AUC by epoch, as a PNG."""
+    """Loss and AUC by epoch, as a PNG; epochs are marked, since a line through one of them shows nothing."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8.0, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
-    for key, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "--")):
-        left.plot(epochs, [row[key] for row in rows], style, label=label)
+    for key, label, style in (("train_loss", "training", "o-"), ("val_loss", "validation", "s--")):
+        left.plot(epochs, [row[key] for row in rows], style, markersize=4, label=label)
     left.set(xlabel="epoch", ylabel="binary cross-entropy", title="Loss")
     left.legend()
-    right.plot(epochs, [row["val_auc"] for row in rows], "--", color="C1")
+    right.plot(epochs, [row["val_auc"] for row in rows], "s--", markersize=4, color="C1")
     right.set(xlabel="epoch", ylabel="ROC AUC", title="Validation")
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(epochs) == 1:
+            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
     stream = BytesIO()
     figure.savefig(stream, format="png", dpi=120, metadata={"Software": None})
     return stream.getvalue()

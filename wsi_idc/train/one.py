@@ -70,7 +70,7 @@ def run_split(
     )
     if rank() != 0:
         return None
-    result = finish(network, tiles, split, settings, pixels, work, out, epochs, say)
+    result = finish(network, tiles, split, settings, pixels, work, out, epochs)
     for path in [*work.glob("*.ckpt"), *work.glob("*.npy"), *work.glob(".*.part"), work / "trained.json"]:
         path.unlink(missing_ok=True)
     return TrainResult(out, epochs, result.figures, result.notes)

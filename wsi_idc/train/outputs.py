@@ -1,12 +1,11 @@
 """What a training writes beside the network: records and tables, each whole or absent."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wsi_idc.csvs import csv_text
 from wsi_idc.evaluate.page import plain
 from wsi_idc.files import write_whole
 
@@ -21,13 +20,9 @@ def put_json(path: Path, value: Any) -> None:
 
 
 def put_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV; the columns are the keys of the first row.
+    """Write a CSV, a row a mapping.
 
     Raises:
         OSError: it cannot be written.
     """
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, stream.getvalue().encode())
+    write_whole(path, csv_text(rows).encode())
