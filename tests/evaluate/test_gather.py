@@ -95,8 +95,11 @@ def test_slides_that_were_cut_on_different_grids_are_not_pooled(store, bundle):
 
 
 def test_what_cannot_be_judged_is_one_line(store, bundle, make, tmp_path, recorder):
-    with pytest.raises(UsageError, match="two models are named mean"):
+    with pytest.raises(UsageError, match=r"--model .*bundle: is given twice"):
         gather(store, [read_bundle(bundle)] * 2, "test", positive_from=0.5, trained_on=False)
+    twin = make.write_bundle(tmp_path / "twin")
+    with pytest.raises(UsageError, match=r"two models are named mean: .*bundle and .*twin"):
+        gather(store, [read_bundle(bundle), read_bundle(twin)], "test", positive_from=0.5, trained_on=False)
     with pytest.raises(UsageError, match="has no map by other"):
         judge(store, read_bundle(make.write_bundle(tmp_path / "other", name="other")))
     changed = make.write_bundle(tmp_path / "changed")
@@ -124,6 +127,16 @@ def held_out(folder, tiles, slides=("s0", "s2"), flip=False):
         ]
     write_held_out(folder, rows)
     return folder
+
+
+def test_cross_validations_of_one_name_are_told_apart_by_where_they_lie(store, tmp_path):
+    folders = []
+    for place in ("monday", "friday"):
+        (tmp_path / place).mkdir()
+        folders.append(held_out(tmp_path / place / "cv", lambda slide: store.slide(slide).idc >= 0.5))
+    found = gather(store, [read_held_out(folder) for folder in folders], "all", positive_from=0.5, trained_on=False)
+    assert [model.model for model in found.models] == ["monday/cv", "friday/cv"]
+    assert [slide.slide_id for slide in found.slides] == ["s0", "s2"]
 
 
 def test_a_cross_validation_is_judged_on_whom_it_held_out_beside_a_model(store, bundle, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from wsi_idc import USE
 from wsi_idc.evaluate.metrics import evaluate
-from wsi_idc.evaluate.plots import COLOURS, draw_all, interval, render
+from wsi_idc.evaluate.plots import COLOURS, draw_all, interval, render, short_names
 from wsi_idc.evaluate.predictions import predictions
 
 NOTE = "These patients were trained on."
@@ -108,6 +108,15 @@ def test_nothing_drawn_lies_outside_the_picture(two_models):
             assert box.x0 >= -1
             assert box.x1 <= width + 1
             assert box.y1 <= height + 1
+
+
+def test_short_names_stay_apart():
+    assert short_names(["a", "b"], 18) == ["a", "b"]
+    seeds = short_names([f"a-model-with-a-long-name-seed-{seed}" for seed in (1, 2)], 18)
+    assert seeds == ["a-model-…me-seed-1", "a-model-…me-seed-2"]
+    middles = short_names([f"the-same-beginning-{word}-the-same-ending" for word in ("x", "y")], 18)
+    assert len(set(middles)) == 2
+    assert all(len(name) <= 18 for name in [*seeds, *middles])
 
 
 def test_pyplot_stays_out_of_it():

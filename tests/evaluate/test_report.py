@@ -177,8 +177,69 @@ def test_terminal_rows_are_words(results):
     assert re.fullmatch(r"0\.\d{3} \(0\.\d{3} to [01]\.\d{3}\)", table[0]["first"])
     assert table[-1] == {"Figure": "Tiles / patients", "first": "400 / 25", "second": "400 / 25"}
     differences = difference_rows(results)
-    assert differences[0]["Models"] == "first - second"
-    assert re.match(r"[+-]\d\.\d{3} \(", differences[0]["Difference"])
+    assert re.match(r"[+-]\d\.\d{3} \(", differences[0]["first - second"])
+
+
+def test_many_models_are_compared_in_a_matrix(some, tmp_path):
+    many = evaluate([some(f"a-model-with-a-long-name-{n}", seed=n, noise=0.2 * n) for n in range(1, 5)], resamples=30)
+    table = difference_rows(many)
+    assert [len(row) for row in table] == [5] * 4
+    assert len({*table[0]}) == 5
+    assert [next(iter(row.values())) for row in table] == [e.predictions.model for e in many.evaluations]
+    assert list(table[0].values())[-1].endswith(" *") and list(table[0].values())[-1].startswith("+")
+    assert list(table[-1].values())[1].startswith("-")
+    write_report(tmp_path, many)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('class="matrix"') == len(FIGURES) and page.count("<details open>") == 1
+    assert len(rows(tmp_path / "differences.csv")) == 6 * len(FIGURES)
+
+
+def test_a_difference_reads_the_same_both_ways(results):
+    there, back = results.difference("brier", "first", "second"), results.difference("brier", "second", "first")
+    assert (back.value.value, back.value.low, back.value.high) == (
+        -there.value.value,
+        -there.value.high,
+        -there.value.low,
+    )
+    assert back.favours == there.favours
+    assert results.difference("brier", "first", "first") is None
+
+
+def test_what_few_patients_favour_is_never_said_without_a_word_on_that(some, tmp_path):
+    few = evaluate([some("good", patients=6, noise=0.01), some("bad", patients=6, noise=2)], resamples=30)
+    assert few.differences[0].favours == "good"
+    write_report(tmp_path, few)
+    for words in (difference_rows(few)[0]["Favours"], "".join(read(tmp_path / "report.html").text)):
+        assert "good (6 patients only)" in words
+    assert all("6 patients only" in row["note"] for row in rows(tmp_path / "differences.csv"))
+    assert json.loads((tmp_path / "metrics.json").read_text())["few_patients"] is True
+    many = evaluate([some("good", noise=0.01), some("bad", noise=2)], resamples=30)
+    assert difference_rows(many)[0]["Favours"] == "good"
+
+
+def test_models_are_told_apart_by_name_where_their_titles_are_alike(tmp_path):
+    twins = [
+        predictions(name, [0.1, 0.9], [0, 1], ["s", "t"], ["p", "q"], threshold=0.5, title="ResNet-50")
+        for name in ("monday", "friday")
+    ]
+    write_report(tmp_path, twins, resamples=5)
+    captions = re.findall(r"<caption><strong>(.*?)</strong>, from", (tmp_path / "report.html").read_text())
+    assert captions == ["monday", "friday"]
+
+
+def test_what_is_so_of_all_models_is_said_once(some):
+    notes = evaluate([some("a", patients=6), some("b", patients=6)], resamples=5).notes()
+    assert [note for note in notes if "6 patients only" in note] == [
+        "all models: 6 patients only, so intervals are rough and likely too narrow"
+    ]
+    assert any(note.startswith("a: 6 patients") for note in evaluate([some("a", patients=6)], resamples=5).notes())
+
+
+def test_a_text_that_a_spreadsheet_would_run_is_none_in_any_table(tmp_path):
+    data = predictions("=1+1", [0.1, 0.9], [0, 1], ["=s", "t"], ["@p", "q"], threshold=0.5)
+    write_report(tmp_path, [data], resamples=5)
+    row = rows(tmp_path / "per_slide.csv")[0]
+    assert (row["model"], row["slide"], row["patient"]) == ("'=1+1", "'=s", "'@p")
 
 
 def test_json_turns_numbers_without_a_value_into_null(results):

@@ -58,6 +58,7 @@ def store_maker(folder: Path) -> MakeStore:
                     "tiles": [checksum for _, checksum in write_shards(node, attempt, 0, iter(shards))],
                     "idc": node.put("idc", part, ("tile",)),
                     "cell": node.put("cell", cell, ("tile", "axis")),
+                    "thumbnail": node.put("thumbnail", np.concatenate(pixels[:, ::4, ::4], 1), ("y", "x", "c")),
                 }
                 node.commit(
                     {

@@ -90,7 +90,7 @@ def test_figures_say_whose_they_are_and_where_they_are_undefined(here, monkeypat
         ["F1", "undefined", "undefined"],
         ["Brier", "score", "0.100", "0.050", "to", "0.200"],
     ]
-    assert lines[4].startswith("these figures flatter: validation patients chose the epoch and the thresholds")
+    assert lines[4] == "these figures flatter: validation patients chose the epoch and the thresholds"
     folds = here("train", "--folds", 3).stdout
     assert "figure on held-out patients" in folds and "flatter" not in folds
     assert "figure on validation tiles" in here("train", "--split-by", "tile").stdout

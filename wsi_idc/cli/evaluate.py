@@ -56,7 +56,7 @@ def evaluate(
     from wsi_idc.evaluate.report import as_json, difference_rows, summary_rows, write_report
 
     context = {"store": str(store), "split": split, "positive from": positive_from}
-    files = write_report(out, results, notes=found.notes, context=context)
+    files = write_report(out, results, notes=found.notes, context=context, slides=found.slides)
     if json_lines:
         console.record("evaluation", **as_json(results, found.notes, context))
     for note in [*found.notes, *results.notes()]:
@@ -64,4 +64,8 @@ def evaluate(
     for rows in (summary_rows(results), difference_rows(results)):
         if rows:
             console.table(list(rows[0]), [list(row.values()) for row in rows])
+    if len(results.evaluations) > 2:
+        console.line("* the 95 % interval excludes zero; intervals and the other figures are on the page")
+    if results.few is not None and results.differences:
+        console.line(f"what {results.few} patients favour is a hint: their intervals are likely too narrow")
     console.line(f"wrote {files[-1]} and {len(files) - 1} files beside it. {USE}")

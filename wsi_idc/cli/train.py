@@ -111,8 +111,6 @@ def train(
         [[FIGURES[name], *tell(figure)] for name, figure in result.figures.items()],
     )
     if not settings.folds:
-        advice = "wsi-idc infer, then wsi-idc evaluate, on patients that are in no list of it"
-        console.line(
-            f"these figures flatter: {judges} chose the epoch and the thresholds. To judge the model: {advice}"
-        )
+        console.line(f"these figures flatter: {judges} chose the epoch and the thresholds")
+        console.line("to judge the model: wsi-idc infer, then wsi-idc evaluate, on patients in none of its lists")
     console.line(f"wrote {result.bundle}. {USE}")

@@ -23,6 +23,8 @@ class Gathered:
 
     models: list[Predictions]
     notes: list[str]
+    slides: list[StoredSlide]
+    """Those of the tiles, in their order."""
 
 
 def gather(
@@ -49,10 +51,8 @@ def gather(
         UsageError: no slide of the split, slides that were cut on different grids, one without a map, a map by another
             version of the model, two models of one name, or patients that a bundle was trained on.
     """
-    names = [_name(model) for model in models]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError("--model", f"two models are named {twice[0]}", "rename one in its bundle.json and infer again")
-    slides = [store.slide(name) for name in store.slide_ids()]
+    names = _names(models)
+    slides = [store.slide(slide_id) for slide_id in store.slide_ids()]
     slides = [slide for slide in slides if split in ("all", slide.split)]
     labelled = [slide for slide in slides if slide.count and not np.isnan(slide.idc).all()]
     if not labelled:
@@ -60,14 +60,14 @@ def gather(
         advice = "annotations make labels" if slides else "see the manifest's column split, or use --split all"
         raise UsageError(store.address, what, advice)
     notes = []
-    for model in models:
+    for name, model in zip(names, models, strict=True):
         if isinstance(model, HeldOut):
             held_out = [slide for slide in labelled if slide.slide_id in model.slides]
             if not held_out:
                 advice = "see the manifest's column split, or use --split all"
                 raise UsageError(model.folder, f"held out no slide of the split {split}", advice)
             notes.append(
-                f"{model.name}: each of {len(held_out):,} slides is judged by the fold that never saw its patient; "
+                f"{name}: each of {len(held_out):,} slides is judged by the fold that never saw its patient; "
                 f"{len(labelled) - len(held_out):,} slides that it did not hold out are left out"
             )
             labelled = held_out
@@ -79,15 +79,15 @@ def gather(
     slide_ids = np.concatenate([np.full(slide.count, slide.slide_id) for slide in labelled])
     patients = np.concatenate([np.full(slide.count, slide.patient_id) for slide in labelled])
     found = []
-    for model in models:
+    for name, model in zip(names, models, strict=True):
         if isinstance(model, HeldOut):
-            results = _held_out(model, labelled, positive_from, alone=alone)
+            results = _held_out(name, model, labelled, positive_from, alone=alone)
         else:
             results = _of_bundle(store, model, labelled, alone=alone)
         for words, title, probability, threshold in results:
             found.append(
                 predictions(
-                    _name(model) + words,
+                    name + words,
                     probability,
                     truth,
                     slide_ids,
@@ -97,15 +97,32 @@ def gather(
                     positive_from=positive_from,
                 )
             )
-    return Gathered(found, notes)
+    return Gathered(found, notes, labelled)
 
 
 Result = tuple[str, str, NDArray[np.floating], float | NDArray[np.float64]]
 """Words added to the name, title, probabilities (n,), threshold or thresholds (n,)."""
 
 
-def _name(model: LoadedBundle | HeldOut) -> str:
-    return model.name if isinstance(model, HeldOut) else model.fields.name
+def _names(models: Sequence[LoadedBundle | HeldOut]) -> list[str]:
+    """A name for each model, all different: cross-validations of one name are told apart by the folders they lie in.
+
+    Raises:
+        UsageError: two bundles have one name, under which the store has one map a slide; or a model is given twice.
+    """
+    names = [model.name if isinstance(model, HeldOut) else model.fields.name for model in models]
+    told = [
+        f"{model.folder.resolve().parent.name}/{name}" if isinstance(model, HeldOut) and names.count(name) > 1 else name
+        for name, model in zip(names, models, strict=True)
+    ]
+    for name in told:
+        folders = [model.folder for own, model in zip(told, models, strict=True) if own == name]
+        if len(folders) > 1 and len({folder.resolve() for folder in folders}) == 1:
+            raise UsageError(f"--model {folders[0]}", "is given twice", "name each model once")
+        if len(folders) > 1:
+            problem = f"two models are named {name}: {' and '.join(map(str, folders))}"
+            raise UsageError("--model", problem, "rename one in its bundle.json and infer again")
+    return told
 
 
 def _of_bundle(store: Store, bundle: LoadedBundle, slides: Sequence[StoredSlide], *, alone: bool) -> list[Result]:
@@ -122,15 +139,17 @@ def _of_bundle(store: Store, bundle: LoadedBundle, slides: Sequence[StoredSlide]
     ]
 
 
-def _held_out(model: HeldOut, slides: Sequence[StoredSlide], positive_from: float, *, alone: bool) -> list[Result]:
+def _held_out(
+    name: str, model: HeldOut, slides: Sequence[StoredSlide], positive_from: float, *, alone: bool
+) -> list[Result]:
     parts = [model.of_slide(slide.slide_id, slide.count, slide.idc >= positive_from) for slide in slides]
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    joined = {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]}
     kinds = [("probability", "threshold", "")]
     if alone and (joined["alone"] != joined["probability"]).any():
         kinds.append(("alone", "alone_threshold", ALONE))
-    title = f"Cross-validation {model.name}"
+    title = f"Cross-validation {name}"
     return [
-        (words, title, joined[name].astype(np.float32), np.nan_to_num(joined[at], nan=0.5)) for name, at, words in kinds
+        (words, title, joined[kind].astype(np.float32), np.nan_to_num(joined[at], nan=0.5)) for kind, at, words in kinds
     ]
 
 

@@ -6,7 +6,7 @@ undefined, such as a ROC AUC of one class, is NaN and counted in a note.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Literal
@@ -133,6 +133,11 @@ class Difference:
     at_or_below_zero: float
     favours: str
 
+    def reversed(self) -> "Difference":
+        """The same of `b` minus `a`; of its resamples nobody counted how many are at zero."""
+        value = Figure(0.0 - self.value.value, 0.0 - self.value.high, 0.0 - self.value.low)
+        return replace(self, a=self.b, b=self.a, value=value, at_or_below_zero=float("nan"))
+
 
 @dataclass(frozen=True)
 class Results:
@@ -143,9 +148,38 @@ class Results:
     resamples: int
     seed: int
 
+    @property
+    def few(self) -> int | None:
+        """How many patients there are, where they are too few for their intervals to be believed; else None."""
+        count = self.evaluations[0].predictions.n_patients
+        return count if count < FEW_PATIENTS else None
+
     def notes(self) -> list[str]:
-        """All models' notes, a line each."""
-        return [note for evaluation in self.evaluations for note in evaluation.notes]
+        """All models' notes, a line each; what is so of every one of several is said once, of all."""
+        models = [evaluation.predictions.model for evaluation in self.evaluations]
+        own = [
+            [note.removeprefix(f"{model}: ") for note in evaluation.notes]
+            for model, evaluation in zip(models, self.evaluations, strict=True)
+        ]
+        common = [note for note in own[0] if len(own) > 1 and all(note in notes for notes in own)]
+        return [f"all models: {note}" for note in common] + [
+            f"{model}: {note}" for model, notes in zip(models, own, strict=True) for note in notes if note not in common
+        ]
+
+    def difference(self, figure: str, a: str, b: str) -> Difference | None:
+        """The figure of one model minus that of another; None of a model and itself."""
+        for row in self.differences:
+            if row.figure == figure and (row.a, row.b) == (a, b):
+                return row
+            if row.figure == figure and (row.a, row.b) == (b, a):
+                return row.reversed()
+        return None
+
+    def favours(self, row: Difference) -> str:
+        """Which model a difference favours, in words, and of how few patients where they are few."""
+        if not row.favours:
+            return "neither"
+        return row.favours if self.few is None else f"{row.favours} ({self.few} patients only)"
 
 
 def evaluate(models: Sequence[Predictions], *, resamples: int = RESAMPLES, seed: int = 0) -> Results:

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from wsi_idc import USE
+from wsi_idc.evaluate.maps import NOTHING, OUTLINE, Panel, Shown, gradient
 from wsi_idc.evaluate.metrics import FIGURES, Difference, Evaluation, Results
 from wsi_idc.evaluate.plots import interval
 
@@ -29,6 +30,7 @@ def html_page(
     context: Mapping[str, Any],
     contents: Mapping[str, bytes],
     sizes: Mapping[str, Sequence[int]],
+    shown: Sequence[Shown],
 ) -> str:
     """The page as HTML, with its plots inside it.
 
@@ -38,6 +40,7 @@ def html_page(
         context: where the figures come from, shown at the end.
         contents: the plots, `<name>.png` to the file's bytes.
         sizes: each plot's name to its width and height, in any one unit.
+        shown: the slides that are shown.
     """
     import jinja2
 
@@ -63,24 +66,57 @@ def html_page(
             {"name": words, "cells": [_value_range(interval(e.figures[name])) for e in results.evaluations]}
             for name, words in FIGURES.items()
         ],
+        few=results.few,
         pairs=[
-            {"a": a, "b": b, "rows": [_difference(row) for row in rows]}
+            {"a": a, "b": b, "rows": [_difference(results, row) for row in rows]}
             for (a, b), rows in groupby(results.differences, key=lambda row: (row.a, row.b))
+            if len(results.evaluations) == 2
         ],
+        matrices=_matrices(results) if len(results.evaluations) > 2 else [],
         plots=[
             {"alt": f"{words}: {names}", "width": sizes[name][0], "height": sizes[name][1]}
             | {"data": base64.b64encode(contents[f"{name}.png"]).decode()}
             for name, words in PLOT_WORDS.items()
         ],
+        shown=[{"heading": slide.heading, "panels": [_panel(panel) for panel in slide.panels]} for slide in shown],
+        gradient=", ".join(gradient()) if shown else "",
+        outline=f"rgb{OUTLINE}",
+        nothing=f"rgb{NOTHING}",
         groups=[group for evaluation in results.evaluations for group in _groups(evaluation)],
         context=[(name, _words(value)) for name, value in context.items()],
     )
 
 
-def _difference(row: Difference) -> dict[str, Any]:
+def _difference(results: Results, row: Difference) -> dict[str, Any]:
     value, extent = _value_range(interval(row.value, "signed"))
-    return {"name": FIGURES[row.figure], "value": value, "range": extent, "favours": row.favours or "neither"} | {
+    return {"name": FIGURES[row.figure], "value": value, "range": extent, "favours": results.favours(row)} | {
         "share": share(row.at_or_below_zero)
+    }
+
+
+def _matrices(results: Results) -> list[dict[str, Any]]:
+    """A table a figure: each model's minus each other's."""
+    models = [evaluation.predictions.model for evaluation in results.evaluations]
+
+    def cell(row: Difference | None) -> dict[str, Any]:
+        if row is None:
+            return {"value": "", "range": "", "sure": False}
+        value, extent = _value_range(interval(row.value, "signed"))
+        return {"value": value, "range": extent, "sure": bool(row.favours)}
+
+    return [
+        {"name": words, "rows": [(a, [cell(results.difference(name, a, b)) for b in models]) for a in models]}
+        for name, words in FIGURES.items()
+    ]
+
+
+def _panel(panel: Panel) -> dict[str, Any]:
+    return {
+        "title": panel.title,
+        "words": panel.words,
+        "width": panel.size[0],
+        "height": panel.size[1],
+        "source": f"data:image/{panel.kind};base64,{base64.b64encode(panel.content).decode()}",
     }
 
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter
 
 from wsi_idc import USE
 from wsi_idc.evaluate.bootstrap import CALIBRATION_BINS, calibration_bin
-from wsi_idc.evaluate.metrics import FIGURES, Evaluation, Figure, Results
+from wsi_idc.evaluate.metrics import FIGURES, Figure, Results
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)))
@@ -56,9 +56,10 @@ def draw_roc(results: Results, footer: Sequence[str]) -> Canvas:
 
     figure, (axes, key) = _canvas("ROC", footer, n_models=len(results.evaluations), panels=(5.6,))
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=":")
+    labels = _labels(results, "roc_auc")
     for index, evaluation in enumerate(results.evaluations):
         data = evaluation.predictions
-        label = _label(evaluation, "roc_auc")
+        label = labels[index]
         if np.isnan(evaluation.figures["roc_auc"].value):
             axes.plot([], [], **_line(index), label=label)
             _say(axes, _UNDEFINED)
@@ -88,9 +89,10 @@ def draw_precision_recall(results: Results, footer: Sequence[str]) -> Canvas:
         color="0.35",
         size=8,
     )
+    labels = _labels(results, "average_precision")
     for index, evaluation in enumerate(results.evaluations):
         data = evaluation.predictions
-        label = _label(evaluation, "average_precision")
+        label = labels[index]
         if np.isnan(evaluation.figures["average_precision"].value):
             axes.plot([], [], **_line(index), label=label)
             _say(axes, _UNDEFINED)
@@ -109,6 +111,7 @@ def draw_reliability(results: Results, footer: Sequence[str]) -> Canvas:
     figure, (upper, lower, key) = _canvas("Reliability", footer, n_models=len(results.evaluations), panels=(5.6, 1.6))
     upper.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=":")
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
+    labels = _labels(results, "ece", "ECE")
     for index, evaluation in enumerate(results.evaluations):
         data = evaluation.predictions
         score = data.probability.astype(np.float64)
@@ -117,7 +120,7 @@ def draw_reliability(results: Results, footer: Sequence[str]) -> Canvas:
         held = tiles > 0
         mean = np.bincount(bins, score, CALIBRATION_BINS)[held] / tiles[held]
         part = np.bincount(bins, data.truth, CALIBRATION_BINS)[held] / tiles[held]
-        upper.plot(mean, part, **_line(index), marker="o", markersize=4, label=_label(evaluation, "ece", "ECE"))
+        upper.plot(mean, part, **_line(index), marker="o", markersize=4, label=labels[index])
         lower.stairs(tiles, edges, color=_line(index)["color"], linestyle=_line(index)["linestyle"], linewidth=1.4)
     upper.set(ylabel="Part of the tiles that is IDC")
     upper.tick_params(labelbottom=False)
@@ -145,10 +148,11 @@ def _patients(axes: Axes, results: Results, name: str) -> float:
     n_models = len(results.evaluations)
     jitter = np.random.default_rng(0)
     lowest, ticks = 0.48, []
+    models = short_names([evaluation.predictions.model for evaluation in results.evaluations], 18)
     for index, evaluation in enumerate(results.evaluations):
         values = np.array([row.figures[name] for row in evaluation.per_patient])
         values = values[~np.isnan(values)]
-        model = _plain(textwrap.shorten(evaluation.predictions.model, 18, placeholder="…"))
+        model = _plain(models[index])
         ticks.append(f"{model}\n{len(values):,} of {len(evaluation.per_patient):,}")
         if not len(values):
             continue
@@ -223,10 +227,20 @@ def _point(index: int) -> dict[str, Any]:
     }
 
 
-def _label(evaluation: Evaluation, name: str, short: str = "") -> str:
-    """A model's line in the legend: its name and one figure."""
-    model = textwrap.shorten(evaluation.predictions.model, 40, placeholder="…")
-    return _plain(f"{model}: {short or FIGURES[name]} {interval(evaluation.figures[name])}")
+def _labels(results: Results, name: str, short: str = "") -> list[str]:
+    """Each model's line in the legend: its name and one figure."""
+    models = short_names([evaluation.predictions.model for evaluation in results.evaluations], 40)
+    return [
+        _plain(f"{model}: {short or FIGURES[name]} {interval(evaluation.figures[name])}")
+        for model, evaluation in zip(models, results.evaluations, strict=True)
+    ]
+
+
+def short_names(names: Sequence[str], width: int) -> list[str]:
+    """Names of at most so many characters, cut in their middle; those that would then be alike have their number."""
+    head = (width - 1) // 2
+    cut = [name if len(name) <= width else f"{name[:head]}…{name[head + 1 - width :]}" for name in names]
+    return [f"{number}: {name}"[:width] if cut.count(name) > 1 else name for number, name in enumerate(cut, start=1)]
 
 
 def interval(figure: Figure, signed: Literal["signed", "unsigned"] = "unsigned") -> str:

@@ -15,11 +15,13 @@ from wsi_idc import USE, __version__
 from wsi_idc.csvs import csv_text
 from wsi_idc.errors import UsageError
 from wsi_idc.evaluate.bootstrap import CALIBRATION_BINS
-from wsi_idc.evaluate.metrics import FIGURES, RESAMPLES, Evaluation, GroupRow, Results, evaluate
+from wsi_idc.evaluate.maps import draw_slides
+from wsi_idc.evaluate.metrics import FIGURES, RESAMPLES, Difference, Evaluation, GroupRow, Results, evaluate
 from wsi_idc.evaluate.page import html_page, plain, share
-from wsi_idc.evaluate.plots import draw_all, interval, render
+from wsi_idc.evaluate.plots import draw_all, interval, render, short_names
 from wsi_idc.evaluate.predictions import Predictions
 from wsi_idc.files import write_whole
+from wsi_idc.store import StoredSlide
 
 
 def write_report(
@@ -28,6 +30,7 @@ def write_report(
     *,
     notes: Sequence[str] = (),
     context: Mapping[str, Any] | None = None,
+    slides: Sequence[StoredSlide] = (),
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[Path]:
@@ -38,6 +41,8 @@ def write_report(
         models: predictions, evaluated here, or the results of `evaluate` as they are.
         notes: what every output must say, such as that patients were trained on.
         context: where the figures come from (store, split, bundle, settings): plain values, shown and kept as JSON.
+        slides: those of the tiles, in the order of `Predictions.tile`: the worst and the best are shown on the page;
+            none, where they are not given.
         resamples: bootstrap resamples; of no account for results.
         seed: the bootstrap's seed; of no account for results.
 
@@ -46,6 +51,7 @@ def write_report(
 
     Raises:
         UsageError: models that cannot be evaluated together, or a folder that cannot be written.
+        StoreDamageError: a slide that is shown is not what was written.
     """
     results = models if isinstance(models, Results) else evaluate(models, resamples=resamples, seed=seed)
     said = [" ".join(note.split()) for note in notes]
@@ -56,7 +62,8 @@ def write_report(
     for name, plot in plots.items():
         contents[f"{name}.png"], contents[f"{name}.svg"] = render(plot, "png"), render(plot, "svg")
     sizes = {name: [round(100 * side) for side in plot.get_size_inches()] for name, plot in plots.items()}
-    contents["report.html"] = html_page(results, said, facts, contents, sizes).encode()
+    shown = draw_slides(results, slides) if slides else []
+    contents["report.html"] = html_page(results, said, facts, contents, sizes, shown).encode()
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
@@ -81,17 +88,33 @@ def summary_rows(results: Results) -> list[dict[str, str]]:
 
 
 def difference_rows(results: Results) -> list[dict[str, str]]:
-    """The terminal's table of differences: figure, models, difference, share at or below zero, favoured model."""
+    """The terminal's table of differences.
+
+    Of two models a row a figure: its name, difference, share at or below zero, and the favoured model. Of more a
+    matrix of ROC AUC, a model's minus another's, with a star where the interval excludes zero.
+    """
+    models = [evaluation.predictions.model for evaluation in results.evaluations]
+    if len(models) > 2:
+        heads = dict(zip(models, short_names(models, 18), strict=True))
+        matrix = [(a, {b: results.difference("roc_auc", a, b) for b in models}) for a in models]
+        return [
+            {"ROC AUC, row - column": a} | {heads[b]: _starred(row) if row else "" for b, row in rows.items()}
+            for a, rows in matrix
+        ]
     return [
         {
             "Figure": FIGURES[row.figure],
-            "Models": f"{row.a} - {row.b}",
-            "Difference": interval(row.value, "signed"),
+            f"{row.a} - {row.b}": interval(row.value, "signed"),
             "At or below 0": share(row.at_or_below_zero),
-            "Favours": row.favours or "neither",
+            "Favours": results.favours(row),
         }
         for row in results.differences
     ]
+
+
+def _starred(row: Difference) -> str:
+    value = interval(row.value, "signed").partition(" ")[0]
+    return f"{value} *" if row.favours else value
 
 
 def as_json(results: Results, notes: Sequence[str] = (), context: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -111,6 +134,7 @@ def as_json(results: Results, notes: Sequence[str] = (), context: Mapping[str, A
             },
             "calibration_error": f"{CALIBRATION_BINS} equal-width bins of P(IDC), arXiv:1706.04599",
             "models": [_model_json(evaluation) for evaluation in results.evaluations],
+            "few_patients": results.few is not None,
             "differences": [
                 {"model": row.a, "minus": row.b, "figure": row.figure, **asdict(row.value)}
                 | {"at_or_below_zero": row.at_or_below_zero, "favours": row.favours or None}
@@ -155,9 +179,11 @@ def _tables(results: Results, notes: Sequence[str]) -> dict[str, str]:
             tables["per_slide"].append(model | {"slide": row.slide, "patient": row.patient} | _group(row, said))
         for row in evaluation.per_patient:
             tables["per_patient"].append(model | {"patient": row.patient, "slides": row.slides} | _group(row, said))
+    few = [] if results.few is None else [f"{results.few} patients only: intervals are rough and likely too narrow."]
+    compared = " ".join([said, *few])
     differences = [
         {"model": row.a, "minus": row.b, "figure": row.figure, **asdict(row.value)}
-        | {"at_or_below_zero": row.at_or_below_zero, "favours": row.favours, "note": said}
+        | {"at_or_below_zero": row.at_or_below_zero, "favours": row.favours, "note": compared}
         for row in results.differences
     ]
     heads = ["model", "minus", "figure", "value", "low", "high", "at_or_below_zero", "favours", "note"]
