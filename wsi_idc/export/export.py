@@ -288,7 +288,7 @@ def _held(out: Path) -> Iterator[None]:
 
 @dataclass
 class _Index:
-    """What stands in `exported.json`: slide id -> format -> the file's name, what it was made from, its size and time."""
+    """What stands in `exported.json`: slide id -> format -> the file's name, what it was made from, size, time."""
 
     out: Path
 

@@ -22,7 +22,9 @@ from wsi_idc.errors import (
     StoreDamageError,
     StoreError,
 )
+from wsi_idc.grid import Grid
 from wsi_idc.model.bundle import SHIPPED, Bundle, Form, read_bundle
+from wsi_idc.settings import TileSpec
 from wsi_idc.slides import Slide, open_slide
 from wsi_idc.sources import source_of
 from wsi_idc.staging import Stage, Wanted, at_hand, drop, unusable
@@ -159,15 +161,8 @@ class ScoreJob:
                 drop(self.stage, wanted(slide))
         if not results:
             results = [np.zeros((0, *loaded(self._folder, self.form, work.capacity.threads).per_tile), np.float32)]
-        probability = np.concatenate(results)
-        if not np.isfinite(probability).all():
-            raise SlideError(self.slide_id, f"{fields.name} gave probabilities that are not numbers")
-        arrays = {"probability": probability}
-        if fields.context:
-            from wsi_idc.model.context import in_context
-
-            arrays = {"alone": probability, "probability": in_context(probability, cells, slide.spec, fields.context)}
-        image = _image(slide, cells, arrays["probability"])
+        arrays = map_arrays(fields, self.slide_id, np.concatenate(results), cells, slide.spec)
+        image = map_image(slide.grid, cells, arrays["probability"])
         node = self._node
         attempt = node.begin()
         checksums = {name: node.put(name, values, ("tile", "class")[: values.ndim]) for name, values in arrays.items()}
@@ -274,9 +269,33 @@ def _rebatched(parts: Iterator[NDArray[np.uint8]], batch: int) -> Iterator[NDArr
         yield np.concatenate(held)
 
 
-def _image(slide: StoredSlide, cells: NDArray[np.int32], probability: NDArray[np.float32]) -> NDArray[np.float32]:
+def map_arrays(
+    fields: Bundle, slide: str, alone: NDArray[np.float32], cells: NDArray[np.int32], spec: TileSpec
+) -> dict[str, NDArray[np.float32]]:
+    """What a map holds of each tile, by name: `probability`, and `alone` where neighbours take part in that.
+
+    Args:
+        fields: the model's.
+        slide: whose tiles they are, for errors.
+        alone: float32 (n,) or (n, class), what the model said of each tile.
+        cells: int32 (n, 2) of row, column.
+        spec: the grid.
+
+    Raises:
+        SlideError: what the model said is no number.
+    """
+    if not np.isfinite(alone).all():
+        raise SlideError(slide, f"{fields.name} gave probabilities that are not numbers")
+    if not fields.context:
+        return {"probability": alone}
+    from wsi_idc.model.context import in_context
+
+    return {"alone": alone, "probability": in_context(alone, cells, spec, fields.context)}
+
+
+def map_image(grid: Grid, cells: NDArray[np.int32], probability: NDArray[np.float32]) -> NDArray[np.float32]:
     """The map: float32 (rows, columns), or (class, rows, columns); NaN where there is no tile."""
-    image = np.full((*probability.shape[1:], *slide.grid.shape), np.nan, np.float32)
+    image = np.full((*probability.shape[1:], *grid.shape), np.nan, np.float32)
     image[..., cells[:, 0], cells[:, 1]] = probability.T
     return image
 
