@@ -1,6 +1,7 @@
 """Files that are whole or absent, whatever happens while they are written."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,36 @@ def write_whole(path: Path, content: bytes) -> None:
     """Put a file in its place whole: see `whole_file`."""
     with whole_file(path) as stream:
         stream.write(content)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder beside its place, which takes the place when the block ends well; what was there before is then gone.
+
+    A reader sees the old folder, or the new one, whole; of a block that failed nothing is left.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    beside, before = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("part", "old"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        yield beside
+        if path.exists():
+            # Two renames, since none of the system's puts a folder in the place of one that holds anything.
+            path.replace(before)
+        try:
+            beside.replace(path)
+        except OSError:
+            if before.exists():
+                before.replace(path)
+            raise
+        flush_folder(path.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def flush_folder(folder: Path) -> None:

@@ -21,6 +21,7 @@ from wsi_idc.cli.extract import extract
 from wsi_idc.cli.infer import infer
 from wsi_idc.cli.info import info
 from wsi_idc.cli.manifest import make_manifest
+from wsi_idc.cli.model import app as model
 from wsi_idc.cli.options import current_console
 from wsi_idc.cli.prune import prune
 from wsi_idc.cli.status import status
@@ -52,6 +53,7 @@ app.command("doctor")(doctor)
 app.command("manifest")(make_manifest)
 app.command("info")(info)
 app.command("demo")(demo)
+app.add_typer(model, name="model")
 
 
 def _version(value: bool) -> None:

@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from wsi_idc.digests import file_digest
 from wsi_idc.errors import ModelError, system_reason
-from wsi_idc.model.config import Context
+from wsi_idc.model.config import Context, Known
 from wsi_idc.names import check_slide_id
 from wsi_idc.settings import Precision, TileSpec
 from wsi_idc.units import MPP_RANGE, Mpp, TilePx
@@ -79,6 +79,8 @@ class Bundle(_Part):
         threshold: from which P(positive) of a tile alone is positive; refused where no class is.
         context: how neighbours take part in the probability; only for two classes.
         training: who trained it on what; lists of patients are lists of text, whatever they were written as.
+        known: its answers to the made tiles, for `wsi-idc model check`.
+        licence: under which others may use it, where that is known.
     """
 
     format: Literal["wsi-idc-model/1"]
@@ -92,6 +94,8 @@ class Bundle(_Part):
     context: Context | None = None
     network: dict[str, Any] | None = None
     training: dict[str, Any] = {}
+    known: Known | None = None
+    licence: str | None = None
 
     @field_validator("name")
     @classmethod
@@ -250,11 +254,21 @@ class LoadedBundle:
             raise ModelError(self.folder, "graph.int8: the bundle has no int8 graph", "use --precision float32")
         int8 = graph.int8 if precision != "float32" else None
         path = self.folder / (int8 or graph.file)
-        if not int8 and not path.is_file() and self._has_network:
-            return Form(self.weights.name, self._digest(self.weights), "torch", "float32", "cpu")
+        if not int8 and not path.is_file() and (weights := self.weights_form()):
+            return weights
         if not path.is_file():
             raise ModelError(self.folder, f"graph: {path.name} is missing", "the bundle is not whole: copy it again")
         return Form(path.name, self._digest(path), "onnxruntime", "int8" if int8 else "float32", "cpu")
+
+    def weights_form(self) -> Form | None:
+        """The weights by torch on the CPU; None where the bundle has no network with weights.
+
+        Raises:
+            ModelError: they cannot be read.
+        """
+        if not self._has_network:
+            return None
+        return Form(self.weights.name, self._digest(self.weights), "torch", "float32", "cpu")
 
     def forms(self) -> list[Form]:
         """Every form in which the bundle, as it is on disk, can run."""
@@ -267,7 +281,11 @@ class LoadedBundle:
 
     def digests(self) -> set[str]:
         """The digests of all model files: two bundles of one name are told apart by them."""
-        return {self._digest(path) for path in self._files()}
+        return {digest for _, digest in self.files()}
+
+    def files(self) -> list[tuple[Path, str]]:
+        """The model files that are there, and their digests."""
+        return [(path, self._digest(path)) for path in self._files()]
 
     def made_from(self, form: Form) -> dict[str, Any]:
         """What a map's numbers and their reading depend on besides the tiles, by the names that a user is told."""
@@ -343,46 +361,66 @@ def read_bundle(folder: Path) -> LoadedBundle:
         ModelError: names the field that is wrong.
     """
     folder = Path(folder)
-    file = folder / "bundle.json"
+    fields = read_fields(
+        folder, "bundle.json", "give the folder of a model bundle with --model", "copy the bundle again"
+    )
     try:
-        contents = json.loads(_read_text(folder, file))
-    except ValueError as error:
-        raise ModelError(file, f"not JSON ({error})", "copy the bundle again") from error
-    except RecursionError as error:
-        raise ModelError(file, "nested too deep", "copy the bundle again") from error
-    if not isinstance(contents, dict):
-        raise ModelError(file, "holds no fields: it must be an object, in {}", "copy the bundle again")
-    try:
-        fields = Bundle.model_validate(contents)
+        return LoadedBundle(folder, Bundle.model_validate(fields))
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, (*first["loc"], *first.get("ctx", {}).get("within", ()))))
-        message = first["msg"].removeprefix("Value error, ")
-        missing = first["type"] == "missing"
-        problem = f"{name}: missing" if missing else f"{name}: {message[0].lower()}{message[1:]}"
-        raise ModelError(file, problem, f"found {error.error_count()} such fault(s)") from error
-    return LoadedBundle(folder, fields)
+        problem = first_fault(error)
+        raise ModelError(folder / "bundle.json", problem, f"found {error.error_count()} such fault(s)") from error
 
 
-def _read_text(folder: Path, file: Path) -> str:
-    """The text of `bundle.json`.
+def first_fault(error: ValidationError) -> str:
+    """The first of the fields that are wrong, and why: `field: problem`."""
+    first = error.errors()[0]
+    name = ".".join(map(str, (*first["loc"], *first.get("ctx", {}).get("within", ()))))
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{name}: missing" if first["type"] == "missing" else f"{name}: {message[0].lower()}{message[1:]}"
+
+
+def read_fields(folder: Path, name: str, where: str, again: str) -> dict[str, Any]:
+    """The fields of a JSON file that belongs to a model: other people's text, of any size and depth.
+
+    Args:
+        folder: where the file is.
+        name: the file's.
+        where: the advice where there is none.
+        again: the advice where it is damaged.
+
+    Raises:
+        ModelError: it is absent, no file, too large, or no JSON object.
+    """
+    file = folder / name
+    try:
+        contents = json.loads(_read_text(folder, file, where, again))
+    except ValueError as error:
+        raise ModelError(file, f"not JSON ({error})", again) from error
+    except RecursionError as error:
+        raise ModelError(file, "nested too deep", again) from error
+    if not isinstance(contents, dict):
+        raise ModelError(file, "holds no fields: it must be an object, in {}", again)
+    return contents
+
+
+def _read_text(folder: Path, file: Path, where: str, again: str) -> str:
+    """The text of a JSON file.
 
     Raises:
         ModelError: there is none that can be read.
         UnicodeDecodeError: it is not UTF-8.
     """
-    advice = "give the folder of a model bundle with --model"
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             # Opening a pipe that nobody writes to would wait for ever.
-            raise ModelError(file, "is not a file", advice)
+            raise ModelError(file, "is not a file", where)
         with file.open("rb") as stream:
             data = stream.read(_MAX_JSON_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ModelError(folder, "no bundle.json there", advice) from error
+        raise ModelError(folder, f"no {file.name} there", where) from error
     except (OSError, ValueError) as error:
         reason = system_reason(error) if isinstance(error, OSError) else str(error)
-        raise ModelError(folder, f"cannot be read: {reason}", advice) from error
+        raise ModelError(folder, f"cannot be read: {reason}", where) from error
     if len(data) > _MAX_JSON_BYTES:
-        raise ModelError(file, f"is larger than {_MAX_JSON_BYTES >> 20} MiB", "copy the bundle again")
+        raise ModelError(file, f"is larger than {_MAX_JSON_BYTES >> 20} MiB", again)
     return data.decode("utf-8-sig")

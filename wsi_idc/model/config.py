@@ -65,3 +65,17 @@ class NetworkConfig(BaseModel):
     flips: Flips = "none"
     mean: tuple[float, float, float] = (0.81, 0.69, 0.77)
     std: tuple[float, float, float] = (0.16, 0.21, 0.16)
+
+
+class Known(BaseModel):
+    """What a bundle answers to the made tiles (`model/known.py`), by its float32 weights where it was written.
+
+    Attributes:
+        tiles: checksum of those tiles: answers to others say nothing.
+        probability: of each tile, as the model gives it; of more than two classes one a class.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    tiles: str
+    probability: tuple[float, ...] | tuple[tuple[float, ...], ...]

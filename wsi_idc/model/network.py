@@ -39,12 +39,15 @@ class TileNetwork(nn.Module):
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("_mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
-        weights = _resize_weights(config.tile_px, config.input_px) if config.tile_px != config.input_px else None
+        weights = resize_weights(config.tile_px, config.input_px) if config.tile_px != config.input_px else None
         self.register_buffer("_resize", weights, persistent=False)
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Calibrated logits: float32 (n,), from uint8 (n, size, size, 3) RGB."""
-        images = tiles.permute(0, 3, 1, 2).to(torch.float32) / 255.0
+        return self.calibrated(tiles.permute(0, 3, 1, 2).to(torch.float32) / 255.0)
+
+    def calibrated(self, images: Tensor) -> Tensor:
+        """Calibrated logits: float32 (n,), from float32 (n, 3, size, size) RGB in 0..1."""
         logits = self.logits(images)
         if self.config.flips == "averaged":
             mirrored = [self.logits(images.flip(axes)) for axes in ((3,), (2,), (2, 3))]
@@ -112,20 +115,45 @@ def load_weights(network: TileNetwork, weights: Path) -> None:
     Raises:
         ModelError: the file is damaged or belongs to another network.
     """
+    state = read_weights(weights, "copy the bundle again")
+    put_weights(network, state, weights, "the weights and bundle.json belong to different networks")
+
+
+def read_weights(weights: Path, again: str) -> dict[str, Tensor]:
+    """The arrays of a safetensors file, by name.
+
+    Raises:
+        ModelError: it is damaged; `again` is the advice.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        state = load_file(weights)
+        state: dict[str, Tensor] = load_file(weights)
+        return state
     except (SafetensorError, OSError) as error:
-        raise ModelError(weights, f"weights cannot be read ({error})", "copy the bundle again") from error
+        raise ModelError(weights, f"weights cannot be read ({error})", again) from error
+
+
+def put_weights(network: nn.Module, state: Mapping[str, Tensor], weights: Path, advice: str) -> None:
+    """Put arrays into a network, every one in its place.
+
+    Args:
+        network: takes them.
+        state: the arrays of a file; counters of batches seen, which no inference needs, may be absent.
+        weights: that file.
+        advice: what to do where they do not fit.
+
+    Raises:
+        ModelError: they belong to another network.
+    """
     own = network.state_dict()
     for name in sorted(own.keys() | state.keys()):
         found, wanted = (tuple(part[name].shape) if name in part else None for part in (state, own))
-        if found != wanted:
+        if found != wanted and not (found is None and name.endswith("num_batches_tracked")):
             problem = f"weights: {name} is {found or 'absent'}, the network has {wanted or 'none'}"
-            raise ModelError(weights, problem, "the weights and bundle.json belong to different networks")
-    network.load_state_dict(state)
+            raise ModelError(weights, problem, advice)
+    network.load_state_dict({**own, **state})
 
 
 def save_weights(network: TileNetwork, path: Path) -> None:
@@ -269,7 +297,7 @@ def _idc_2016(config: NetworkConfig) -> nn.Module:
     )
 
 
-def _resize_weights(source: int, target: int) -> Tensor:
+def resize_weights(source: int, target: int) -> Tensor:
     """One axis of a bilinear resize with antialiasing: float32 (target, source), rows summing to one."""
     scale = source / target
     support = max(scale, 1.0)

@@ -18,8 +18,9 @@ from wsi_idc.evaluate.page import plain
 from wsi_idc.evaluate.predictions import predictions
 from wsi_idc.files import write_whole
 from wsi_idc.model.bundle import Bundle, read_bundle
+from wsi_idc.model.known import answers
 from wsi_idc.model.network import TileNetwork, export_onnx, quantize, save_weights
-from wsi_idc.model.runtime import load_runtime, predict_all
+from wsi_idc.model.runtime import TorchRuntime, load_runtime, predict_all
 from wsi_idc.train.calibrate import calibrate
 from wsi_idc.train.data import LabelledTiles
 from wsi_idc.train.history import draw_history, merge_logs
@@ -126,6 +127,8 @@ def _write(
         card["training"]["cross_validation"] = plain(study.recorded)
     put_json(folder / "bundle.json", card)
     _check_graph(folder, probability, pixels["val"], settings.threads)
+    by_weights = TorchRuntime(read_bundle(folder), "cpu", settings.threads)
+    card["known"] = answers(by_weights.predict, tiles.spec.size_px).model_dump(mode="json")
     notes = list(evaluation.notes)
     quantize(folder / "model.onnx", folder / "model.int8.onnx", _calibration(pixels["train"], settings.seed))
     card["graph"]["int8"] = "model.int8.onnx"
