@@ -168,7 +168,7 @@ def _coloured(values: NDArray[np.float32]) -> Pixels:
     """Parts or probabilities in colours: uint8 (h, w, 3)."""
     there = ~np.isnan(values)
     index = np.round(np.where(there, values, 0) * 255).astype(np.uint8)
-    return np.where(there[..., None], _colours()[index], np.uint8(NOTHING))
+    return np.where(there[..., None], _colours()[index], np.asarray(NOTHING, np.uint8))
 
 
 def gradient(stops: int = 9) -> list[str]:

@@ -317,8 +317,9 @@ class _Index:
     def _path(self, name: str, kind: ExportFormat) -> Path | None:
         """Where a slide's file was put; None where none was, or what stands there is no name of one of its files."""
         file = self._entry(name, kind).get("file")
-        known = isinstance(file, str) and file.startswith(f"{name}{format_of(kind).SUFFIX}") and "/" not in file
-        return self.out / kind / file if known else None
+        if not isinstance(file, str) or "/" in file or not file.startswith(f"{name}{format_of(kind).SUFFIX}"):
+            return None
+        return self.out / kind / file
 
     def put(self, name: str, kind: ExportFormat, made_from: Mapping[str, Any], path: Path) -> None:
         """A file was written; one that the slide had before under another suffix goes."""
