@@ -268,14 +268,16 @@ def test_the_sharpness_of_other_resolutions_is_not_judged(store_of, make, tmp_pa
 def test_a_map_is_held_against_what_the_same_model_said_of_validation_slides(store_of, make, tmp_path, monkeypatch):
     store = store_of({"a": on_glass(stained(make))}, make, make.write_bundle(tmp_path / "bundle", threshold=0.3))
     slide, map = store.slide("a"), store.map("mean", "a")
-    digest = map.attributes["model"]["digest"]
+    model, probability = map.attributes["model"], map.read("probability")
 
     def known(**fields):
-        maps = usual().maps.model_copy(update={"model": "mean", "digests": (digest,), "highest": -9.0, **fields})
+        maps = usual().maps.model_copy(
+            update={"model": "mean", "digests": (model["digest"],), "highest": -9.0, **fields}
+        )
         changed = usual().model_copy(update={"maps": maps})
         with monkeypatch.context() as patched:
             patched.setattr(module, "usual", lambda: changed)
-            return kinds(flags(slide, map))
+            return kinds(module.of_map(slide, model, probability, probability))
 
     assert known() == ["beyond validation"]
     assert known(highest=9.0) == known(model="other") == known(digests=("other",)) == []

@@ -305,7 +305,9 @@ def test_the_published_model_finds_the_published_tumour(idc_slide, published_mod
 def test_the_record_survives_as_json(extracted, bundle, recorder, slides):
     score(extracted(), bundle, recorder)
     attributes = json.loads((slides.parent / "tiles.zarr/maps/mean/a/zarr.json").read_text())["attributes"]
-    assert set(attributes) == {"ome", "model", "slide_id", "patient_id", "use", "attempt", "complete"}
+    assert set(attributes) == {
+        *("ome", "model", "slide_id", "patient_id", "use", "flags", "attempt", "committed", "complete")
+    }
 
 
 def test_neighbours_count_where_the_bundle_says_so(extracted, make, tmp_path, recorder):

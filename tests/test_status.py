@@ -40,10 +40,10 @@ def test_totals_and_warnings(store):
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
     assert lines[-2:] == [
-        "4 slides: 3 extracted (72 tiles), 1 failed, 0 not yet; 1 with warnings",
+        "4 slides: 3 extracted (72 tiles), 1 failed, 0 not yet; 1 with warnings, 3 flagged",
         "maps by mean: 2 current, 0 stale, 0 failed, 2 none",
     ]
-    assert any(line.startswith("empty") and line.endswith("warning: no tissue found") for line in lines)
+    assert any(line.startswith("empty") and "warning: no tissue found; flag: no tissue: " in line for line in lines)
     events = [json.loads(line) for line in status(store, "--json").stdout.splitlines()]
     assert {event["slide_id"]: event["warnings"] for event in events[:-1]}["empty"] == ["no tissue found"]
     assert events[0]["maps"] == {"mean": {"kind": "current", "why": ""}}

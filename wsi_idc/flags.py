@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from wsi_idc.model.bundle import of_class
 from wsi_idc.store import StoredMap, StoredSlide
 from wsi_idc.tissue import DARK, PLAIN
 
@@ -134,15 +133,21 @@ def usual() -> Usual:
 
 
 def flags(slide: StoredSlide, map: StoredMap | None = None) -> list[Flag]:
-    """What a person should look at on a slide and its map; a map that is not current is left alone.
+    """What a person should look at on a slide and its map, by their records alone.
 
-    Raises:
-        StoreDamageError: a small array of either is not what was written.
+    A map that is not current is left alone. What is to be said of a map was found when it was made (`of_map`), with the
+    arrays at hand: many slides can then be asked in no time.
     """
     found = [*_of_slide(slide)]
     if map is not None and map.state(slide).kind == "current":
-        found += _of_map(slide, map)
+        found += of_record(map)
     return found
+
+
+def of_record(map: StoredMap) -> list[Flag]:
+    """What was said of a map when it was made; nothing by a version that did not say."""
+    known = map.attributes.get("flags")
+    return [Flag(kind, str(reason)) for kind, reason in known] if isinstance(known, list) else []
 
 
 # --- the slide ----------------------------------------------------------------------------------------------------
@@ -238,21 +243,33 @@ def sharing(values: NDArray[np.float64], width: float = SAME_LOGIT) -> tuple[flo
     return float(counts[first] / len(values)), float(np.median(values[first : first + counts[first]]))
 
 
-def _of_map(slide: StoredSlide, map: StoredMap) -> Iterator[Flag]:
-    about, positive = map.attributes.get("model", {}), (map.record.made_from or {}).get("positive class")
-    if positive is None or not slide.count:
-        return  # Of several classes none is positive, or there is no tile.
-    place = about["classes"].index(positive)
-    probability = of_class(map.read("probability"), place)
-    # What a tile's own pixels say: where neighbours take part, a smooth map is as it should be.
-    own = log_odds(of_class(map.read("alone"), place) if map.has("alone") else probability)
+def of_map(
+    slide: StoredSlide,
+    model: Mapping[str, Any],
+    probability: NDArray[np.float32],
+    alone: NDArray[np.float32],
+) -> Iterator[Flag]:
+    """What a person should look at on a map that has just been made.
+
+    Args:
+        slide: its tiles.
+        model: name, digest and threshold, as the map's attributes have them.
+        probability: float32 (n,), P(positive).
+        alone: float32 (n,), the same by each tile's own pixels: where neighbours take part, a smooth map is usual.
+
+    Raises:
+        StoreDamageError: blur or pen are not what was written.
+    """
+    if not slide.count:
+        return
+    own = log_odds(alone)
     part, middle = sharing(own)
     if part > ONE_VALUE and len(own) >= ONE_VALUE_TILES:
         reason = f"{part:.0%} of {len(own):,} tiles have the same probability ({1 / (1 + np.exp(-middle)):.3g})"
         yield Flag("one value", reason)
-    yield from _high(slide, probability >= about["threshold"])
+    yield from _high(slide, probability >= model["threshold"])
     known = usual().maps
-    if about["name"] == known.model and about["digest"] in known.digests:
+    if model["name"] == known.model and model["digest"] in known.digests:
         extreme = float(np.quantile(own, EXTREME))
         if extreme > known.highest:
             own_p, their_p = (1 / (1 + np.exp(-value)) for value in (extreme, known.highest))

@@ -1,14 +1,15 @@
 """What the store knows of each slide, of all of them together, and of the run that writes it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from wsi_idc.errors import StoreDamageError
-from wsi_idc.store import Holding, MapState, Store, at_once, open_store
+from wsi_idc.flags import flags, of_record
+from wsi_idc.store import Holding, MapState, Store, StoredMap, StoredSlide, at_once, open_store
 
 MapKind = Literal["none", "failed", "stale", "current"]
 
@@ -24,6 +25,7 @@ class SlideState:
         maps: model -> the state of its map, of the models that ever tried.
         trouble: why it is not extracted.
         warnings: what was told of it when it was cut, and should be seen before its map is believed.
+        flags: what a person should look at, on it and on its current maps.
         listed: whether it is in the manifest; None where none was given.
     """
 
@@ -33,6 +35,7 @@ class SlideState:
     maps: dict[str, MapState] = field(default_factory=dict)
     trouble: str = ""
     warnings: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     listed: bool | None = None
 
     @property
@@ -51,7 +54,8 @@ class SlideState:
         unlisted = ["no longer in the manifest"] if self.listed is False else []
         maps = [f"{model}: {state}" for model, state in self.maps.items() if state.kind in ("failed", "stale")]
         warnings = [f"warning: {warning}" for warning in self.warnings]
-        return "; ".join([*unlisted, *filter(None, [self.trouble]), *maps, *warnings])
+        flagged = [f"flag: {flag}" for flag in self.flags]
+        return "; ".join([*unlisted, *filter(None, [self.trouble]), *maps, *warnings, *flagged])
 
     def fields(self) -> dict[str, Any]:
         """For JSON."""
@@ -99,6 +103,7 @@ class StoreState:
             "not_extracted": extracted["no"],
             "tiles": sum(state.tiles or 0 for state in slides),
             "with_warnings": sum(bool(state.warnings) for state in slides),
+            "flagged": sum(bool(state.flags) for state in slides),
             "unlisted": len(self.slides) - len(slides),
             "maps": {model: {kind: counts[kind] for kind in kinds} for model, counts in maps.items()},
         }
@@ -110,7 +115,8 @@ class StoreState:
         first = (
             f"{count:,} slide{'s' if count != 1 else ''}: "
             f"{totals['extracted']:,} extracted ({totals['tiles']:,} tiles), {totals['failed']:,} failed, "
-            f"{totals['not_extracted']:,} not yet; {totals['with_warnings']:,} with warnings"
+            f"{totals['not_extracted']:,} not yet; {totals['with_warnings']:,} with warnings, "
+            f"{totals['flagged']:,} flagged"
         )
         found = [first]
         for model, kinds in totals["maps"].items():
@@ -177,8 +183,18 @@ def _state(store: Store, name: str, models: Sequence[str], listed: bool | None) 
     if slide is None:
         extracted: Literal["failed", "no"] = "failed" if record.trouble else "no"
         return SlideState(name, extracted, trouble=record.failed or record.trouble, listed=listed)
-    states = {model: store.map(model, name).state(slide) for model in models}
+    stored = {model: store.map(model, name) for model in models}
+    states = {model: found.state(slide) for model, found in stored.items()}
     maps = {model: state for model, state in states.items() if state.kind != "none"}
     told = record.attributes.get("warnings")
     warnings = tuple(map(str, told)) if isinstance(told, list) else ()
-    return SlideState(name, "yes", slide.count, maps, warnings=warnings, listed=listed)
+    return SlideState(
+        name, "yes", slide.count, maps, warnings=warnings, flags=_flags(slide, stored, states), listed=listed
+    )
+
+
+def _flags(slide: StoredSlide, maps: Mapping[str, StoredMap], states: Mapping[str, MapState]) -> tuple[str, ...]:
+    """The suspicious flags of a slide and of its current maps, each once."""
+    found = [flag for flag in flags(slide) if flag.suspicious]
+    current = [model for model, state in states.items() if state.kind == "current"]
+    return tuple(dict.fromkeys(map(str, [*found, *(flag for model in current for flag in of_record(maps[model]))])))

@@ -22,6 +22,7 @@ from wsi_idc.errors import (
     StoreDamageError,
     StoreError,
 )
+from wsi_idc.flags import Flag, of_map
 from wsi_idc.grid import Grid
 from wsi_idc.model.bundle import SHIPPED, Bundle, Form, read_bundle
 from wsi_idc.settings import TileSpec
@@ -159,9 +160,10 @@ class ScoreJob:
             cells = slide.cell
             if not slide.has_pixels:
                 drop(self.stage, wanted(slide))
-        if not results:
-            results = [np.zeros((0, *loaded(self._folder, self.form, work.capacity.threads).per_tile), np.float32)]
-        arrays = map_arrays(fields, self.slide_id, np.concatenate(results), cells, slide.spec)
+            if not results:
+                results = [np.zeros((0, *loaded(self._folder, self.form, work.capacity.threads).per_tile), np.float32)]
+            arrays = map_arrays(fields, self.slide_id, np.concatenate(results), cells, slide.spec)
+            found = self._flags(slide, arrays)
         image = map_image(slide.grid, cells, arrays["probability"])
         node = self._node
         attempt = node.begin()
@@ -175,25 +177,40 @@ class ScoreJob:
             "versions": versions(self.form),
         }
         about = {
-            "model": {
-                "name": fields.name,
-                "title": fields.title,
-                "file": self.form.file,
-                "digest": self.form.digest,
-                "engine": self.form.engine,
-                "precision": self.form.precision,
-                "device": self.form.device,
-                "classes": list(fields.classes),
-                "threshold": fields.operating_point,
-            },
+            "model": self._model,
             "slide_id": self.slide_id,
             "patient_id": slide.patient_id,
             "use": USE,
+            "flags": [[flag.kind, flag.reason] for flag in found],
         }
         channels = fields.classes if image.ndim == 3 else fields.classes[-1:]
         ome = ngff_attributes(slide, fields.name, channels, image.ndim)
         node.commit({**ome, **about, "complete": complete}, attempt)
-        return Outcome("done", tiles=prepared.tiles)
+        return Outcome("done", tiles=prepared.tiles, warnings=tuple(map(str, found)))
+
+    @property
+    def _model(self) -> dict[str, Any]:
+        """What a map says of the model that made it."""
+        fields, form = self.fields, self.form
+        return {
+            "name": fields.name,
+            "title": fields.title,
+            "file": form.file,
+            "digest": form.digest,
+            "engine": form.engine,
+            "precision": form.precision,
+            "device": form.device,
+            "classes": list(fields.classes),
+            "threshold": fields.operating_point,
+        }
+
+    def _flags(self, slide: StoredSlide, arrays: dict[str, NDArray[np.float32]]) -> list[Flag]:
+        """What a person should look at; nothing of several classes of which none is positive."""
+        fields = self.fields
+        if fields.operating_point is None:
+            return []
+        probability, own = arrays["probability"], arrays.get("alone", arrays["probability"])
+        return list(of_map(slide, self._model, fields.positive_of(probability), fields.positive_of(own)))
 
     def hindrances(self) -> list[str]:
         """See `Job.hindrances`."""
