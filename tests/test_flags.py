@@ -181,8 +181,8 @@ def is_unlike(thumbnail, mask):
     return stain_distance(stain(thumbnail, mask)) > usual().stain.limit
 
 
-@pytest.mark.parametrize("patient", ["14306", "8865"])
-def test_real_slides_are_like_the_training_tiles_until_their_colours_are_changed(idc_slide, patient):
+def test_a_real_slide_is_like_the_training_tiles_until_its_colours_are_changed(idc_slide):
+    patient = "14306"
     thumbnail, mask = thumbnail_of(idc_slide(patient) / f"idc-{patient}.tif")
     assert not is_unlike(thumbnail, mask)
     assert not is_unlike(*thumbnail_of(idc_slide(patient) / patient))

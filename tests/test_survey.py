@@ -34,7 +34,7 @@ def test_every_slide_is_what_extract_would_make_of_it(rows, slides, recorder):
         slide.row.slide_id: slide.tiles for slide in found.slides
     }
     assert found.failures == summary.failures
-    assert heard["a"].line == "500 x 400 px, 4 um/px (TIFF resolution tag), 1 level, 24 tiles"
+    assert heard["a"].line == "500 x 400 px, 4 um/px, 1 level, 24 tiles"
     assert "no um/px" in heard["bare"]
     assert found.lines()[0] == "3 slides can be cut into 72 tiles (50 px at 4 um/px), 2 cannot"
     assert [line.split(":")[0] for line in found.lines()[1:3]] == ["extract", "infer"]

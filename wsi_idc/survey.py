@@ -36,7 +36,7 @@ class Surveyed:
     Attributes:
         row: its line of the manifest.
         size: level-0 (width, height) in pixels.
-        mpp: level-0 um/px (x, y), and where they are from.
+        mpp: level-0 um/px (x, y).
         mpp_source: where they are from.
         levels: of its pyramid.
         tiles: that have tissue; or, where `exact` is not, cells of its grid.
@@ -66,7 +66,8 @@ class Surveyed:
         mpp = f"{x:.4g}" if f"{x:.4g}" == f"{y:.4g}" else f"{x:.4g} x {y:.4g}"
         levels = f"{self.levels} level{'s' if self.levels != 1 else ''}"
         count = f"{'' if self.exact else 'at most '}{self.tiles:,} tile{'s' if self.tiles != 1 else ''}"
-        return f"{width} x {height} px, {mpp} um/px ({self.mpp_source}), {levels}, {count}"
+        given = " (given)" if self.mpp_source == "given" else ""
+        return f"{width} x {height} px, {mpp} um/px{given}, {levels}, {count}"
 
 
 @dataclass(frozen=True)
