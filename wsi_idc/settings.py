@@ -122,6 +122,13 @@ class ExportSettings(Settings):
     threshold: Annotated[float | None, Field(gt=0.0, lt=1.0, json_schema_extra=CONTENT)] = None
 
 
+class ReportSettings(Settings):
+    """Everything that `report` can be told, besides the model."""
+
+    out: Annotated[Path, Field(json_schema_extra=RUNTIME)] = Path("report.html")
+    threshold: Annotated[float | None, Field(gt=0.0, lt=1.0, json_schema_extra=CONTENT)] = None
+
+
 _Kind = TypeVar("_Kind", bound=Settings)
 
 

@@ -24,6 +24,7 @@ from wsi_idc.cli.manifest import make_manifest
 from wsi_idc.cli.model import app as model
 from wsi_idc.cli.options import current_console
 from wsi_idc.cli.prune import prune
+from wsi_idc.cli.report import report
 from wsi_idc.cli.status import status
 from wsi_idc.cli.train import train
 from wsi_idc.cli.verify import verify
@@ -46,6 +47,7 @@ app.command("train")(train)
 app.command("evaluate")(evaluate)
 app.command("export")(export)
 app.command("view")(view)
+app.command("report")(report)
 app.command("status")(status)
 app.command("verify")(verify)
 app.command("prune")(prune)
