@@ -135,8 +135,8 @@ def _rate(runtime: Runtime, tiles: NDArray[np.uint8]) -> float:
     count = max(1, min(BATCH, _PIXELS // tiles.shape[1] ** 2))
     batch = np.resize(tiles, (count, *tiles.shape[1:]))
     runtime.predict(batch)
-    begun, done = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - begun) < _SECONDS:
+    begun, done, seconds = time.perf_counter(), 0, 0.0
+    while not done or seconds < _SECONDS:
         runtime.predict(batch)
-        done += count
+        done, seconds = done + count, time.perf_counter() - begun
     return done / seconds
