@@ -14,11 +14,14 @@ import pytest
 
 from wsi_idc.settings import ExtractSettings, InferSettings
 
-COMMANDS = ("extract", "infer", "train", "evaluate", "status", "manifest", "info", "demo", "verify", "prune", "doctor")
+COMMANDS = (
+    *("extract", "infer", "train", "evaluate", "export", "report", "view", "status", "verify", "prune"),
+    *("doctor", "manifest", "info", "demo", "model"),
+)
 HEAVY = ("torch", "tiatoolbox", "zarr", "dask", "distributed", "onnxruntime", "matplotlib", "scipy", "pydantic")
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["model", "import"]])
 def test_help_imports_nothing_heavy(command):
     code = f"""
 import sys

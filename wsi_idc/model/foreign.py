@@ -127,12 +127,12 @@ def reader_of(source: Path) -> Callable[[Path, ImportOptions], ForeignModel]:
 
 def _read_wsinfer(folder: Path, options: ImportOptions) -> ForeignModel:
     """A folder of WSInfer's zoo: safetensors where timm knows the architecture, else TorchScript, if it is trusted."""
+    file = folder / CONFIG
+    fields = read_fields(folder, CONFIG, "give a WSInfer folder, a .safetensors file or an .onnx file", "copy it again")
     said = ("architecture", "classes", "tile_px", "mpp", "resize_px", "channels", "white", "mean", "std", "layout")
     for name in said:
         if getattr(options, name) is not None:
             raise UsageError(_option(name), f"{CONFIG} says it", "leave it out, or correct it there")
-    file = folder / CONFIG
-    fields = read_fields(folder, CONFIG, "give a WSInfer folder, a .safetensors file or an .onnx file", "copy it again")
     try:
         config = WSInferConfig.model_validate(fields)
     except ValidationError as error:
