@@ -6,6 +6,7 @@ from wsi_idc import settings
 from wsi_idc.errors import UsageError
 from wsi_idc.settings import (
     CutSettings,
+    ExportSettings,
     ExtractSettings,
     InferSettings,
     PlaceSettings,
@@ -23,7 +24,7 @@ def kinds(cls):
     }
 
 
-@pytest.mark.parametrize("cls", [TileSpec, ExtractSettings, InferSettings])
+@pytest.mark.parametrize("cls", [TileSpec, ExtractSettings, InferSettings, ExportSettings])
 def test_every_field_is_content_or_runtime(cls):
     assert set(kinds(cls).values()) <= {"content", "runtime"}
 
@@ -32,7 +33,15 @@ def test_no_settings_class_is_left_out_of_that_test():
     found = {value for value in vars(settings).values() if isinstance(value, type) and issubclass(value, Settings)} - {
         Settings
     }
-    assert found == {TileSpec, CutSettings, PlaceSettings, StageSettings, ExtractSettings, InferSettings}
+    assert found == {
+        TileSpec,
+        CutSettings,
+        PlaceSettings,
+        StageSettings,
+        ExtractSettings,
+        InferSettings,
+        ExportSettings,
+    }
 
 
 def test_runtime_settings_leave_the_hash_alone_and_content_changes_it():
@@ -65,6 +74,7 @@ def test_the_spec_reads_as_a_person_would_say_it():
         (InferSettings, {"batch_size": 0}, "--batch-size"),
         (InferSettings, {"gpus": -1}, "--gpus"),
         (InferSettings, {"stage_gb": 0.0}, "--stage-gb"),
+        (ExportSettings, {"formats": ["csv", "geojsn"]}, "--format"),
     ],
 )
 def test_a_value_out_of_range_is_one_line_with_the_option_as_typed(kind, values, option):
