@@ -103,20 +103,15 @@ def found_regions(result: Result) -> dict[str, Any]:
 
 
 def _outline(result: Result, region: Region, mpp: NDArray[np.float64]) -> tuple[list[Any], list[Any]]:
-    """A polygon with holes as Bokeh has it: xs and ys of [[outer, hole, ...]]."""
+    """Polygons with holes as Bokeh has them: xs and ys of [[outer, hole, ...], ...]."""
     import shapely
 
-    squares = result.squares(region.tiles)
-    merged = shapely.coverage_union_all(shapely.box(*squares.T.astype(np.float64)))
-    rings = [shapely.get_exterior_ring(merged), *(shapely.get_interior_ring(merged, n) for n in range(_holes(merged)))]
-    corners = [shapely.get_coordinates(ring) * mpp for ring in rings]
-    return [[ring[:, 0].tolist() for ring in corners]], [[(-ring[:, 1]).tolist() for ring in corners]]
-
-
-def _holes(polygon: Any) -> int:
-    import shapely
-
-    return int(shapely.get_num_interior_rings(polygon))
+    xs, ys = [], []
+    for polygon in shapely.get_parts(result.outline(region.tiles)).tolist():
+        rings = [shapely.get_coordinates(ring) * mpp for ring in (polygon.exterior, *polygon.interiors)]
+        xs.append([ring[:, 0].tolist() for ring in rings])
+        ys.append([(-ring[:, 1]).tolist() for ring in rings])
+    return xs, ys
 
 
 def page(result: Result, pixels: Pixels) -> str:
