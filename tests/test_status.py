@@ -133,5 +133,6 @@ def test_how_long_it_will_take_is_told_from_what_is_done():
     line = run_line(holding, begun + timedelta(minutes=10))
     assert line.endswith("+00:00): 25 of 100 slides, 1 failed, about 30 min left")
     assert line.startswith("infer is running (host h, process 7, since 2026-01-01")
+    assert run_line(holding, begun + timedelta(seconds=10)).endswith(", about 30 s left")
     nothing = {**does, "done": 0, "failed": 0}
     assert run_line(Holding("h", 7, "?", True, "", nothing)).endswith("0 of 100 slides, 0 failed")

@@ -149,7 +149,9 @@ def _left(since: str, share: float, now: datetime) -> str:
         seconds = (now - datetime.fromisoformat(since)).total_seconds() * (1 / share - 1)
     except (ValueError, TypeError, ZeroDivisionError):
         return ""
-    return f", about {seconds / 60:,.0f} min left" if seconds > 0 else ""
+    if seconds <= 0:
+        return ""
+    return f", about {seconds / 60:,.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
 
 
 def holding_fields(holding: Holding) -> dict[str, Any]:
