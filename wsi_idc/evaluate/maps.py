@@ -128,7 +128,8 @@ def _own(evaluation: Evaluation, slide: StoredSlide, start: int) -> NDArray[np.i
 def _told(row: GroupRow) -> str:
     auc = row.figures["roc_auc"]
     calls = row.confusion
-    found = f"found {calls.tp:,} of {calls.tp + calls.fn:,} IDC tiles, {calls.fp:,} others called IDC"
+    positive, negative = calls.tp + calls.fn, calls.fp + calls.tn
+    found = f"found {calls.tp:,} of {positive:,} IDC tiles, called {calls.fp:,} of {negative:,} others IDC"
     return found if np.isnan(auc) else f"ROC AUC {auc:.3f}, {found}"
 
 
