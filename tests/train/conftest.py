@@ -16,6 +16,8 @@ from wsi_idc.train.result import TrainResult
 
 SIZE = 16
 PATIENTS = {"a": "train", "b": "train", "c": "", "d": "train", "e": "val", "f": "val", "g": "test"}
+QUALITY = (("tissue", 1.0), ("blur", 500.0), ("pen", 0.0))
+"""What the store says of every tile besides its label."""
 Patients = Mapping[str, str]
 """Patient id to split."""
 MakeStore = Callable[..., Store]
@@ -58,6 +60,7 @@ def store_maker(folder: Path) -> MakeStore:
                     "tiles": [checksum for _, checksum in write_shards(node, attempt, 0, iter(shards))],
                     "idc": node.put("idc", part, ("tile",)),
                     "cell": node.put("cell", cell, ("tile", "axis")),
+                    **{name: node.put(name, np.full(tiles, value, np.float32), ("tile",)) for name, value in QUALITY},
                     "thumbnail": node.put("thumbnail", np.concatenate(pixels[:, ::4, ::4], 1), ("y", "x", "c")),
                 }
                 node.commit(
