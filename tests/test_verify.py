@@ -156,6 +156,12 @@ def test_an_image_that_is_not_its_probabilities_is_found_though_its_checksum_is_
     assert bad(look(store, make)) == [("maps/mean/b/0", "it is not its probabilities at the tiles' cells")]
 
 
+@pytest.mark.parametrize("group", ["slides/a", "maps/mean/a"])
+def test_an_array_of_a_version_to_come_is_read_by_its_checksum(store, make, group):
+    edit(store / group / "zarr.json", lambda known: known["complete"]["checksums"].update(shade="0" * 16))
+    assert [key for key, _ in bad(look(store, make))] == [f"{group}/shade"]
+
+
 def test_counts_of_a_map_that_disagree_are_found(store, make):
     edit(store / "maps" / "mean" / "b" / "zarr.json", lambda known: known["complete"].update(positive=7))
     ((key, problem),) = bad(look(store, make))

@@ -357,6 +357,9 @@ def _slide_parts(slide: StoredSlide, advanced: Callable[[int], None]) -> Iterato
     yield pictures
     if slide.has_pixels:
         yield tiles
+    known = slide.attributes["complete"]["checksums"]
+    for name in sorted(set(known) - {*_PER_TILE, "cell", "position", "thumbnail", "tissue_mask", "tiles"}):
+        yield lambda name=name: node.read(name, known[name])  # type: ignore[misc]
 
 
 def _expect(node: Node, name: str, values: NDArray[Any], shape: tuple[int, ...], dtype: Any) -> None:
@@ -380,6 +383,8 @@ def _check_map(stored: StoredMap, slide: StoredSlide | None, findings: list[Find
         raise node.damaged("probability", "it has values that are no probabilities")
     if stored.has("alone"):
         _expect(node, "alone", stored.read("alone"), probability.shape, np.float32)
+    for name in sorted(set(complete["checksums"]) - {"0", "probability", "alone"}):
+        stored.read(name)
     state = stored.state(slide)
     if slide is None or state.kind != "current":
         why = state if slide is not None else "there are no sound tiles"
