@@ -108,6 +108,8 @@ def test_every_command_does_on_s3_what_it_does_in_a_folder(wsi_idc, here, object
     done = here("evaluate", *place, "--model", "m", "--json")
     assert done.exit_code == 0 and (tmp_path / "evaluation" / "report.html").is_file()
     assert json.loads(done.stdout.splitlines()[0])["context"]["store"] == url
+    assert here("report", *place, "--model", "mean").exit_code == 0
+    assert url in (tmp_path / "report.html").read_text()
 
 
 def run_killed_after_a_slide(arguments, folder):
