@@ -1,23 +1,18 @@
 """What is exported says in WSInfer, by WSInfer's own conventions, what the bundle says."""
 
 import json
-import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.model.foreign import by_wsinfer
 from wsi_idc.errors import ModelError, UsageError
 from wsi_idc.model.bundle import read_bundle
 from wsi_idc.model.exporting import export_model
 from wsi_idc.model.foreign import ImportOptions
 from wsi_idc.model.importing import import_model
 from wsi_idc.model.runtime import load_runtime
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from foreign import by_wsinfer
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from onnx import TensorProto
 from scipy.special import expit
 
+from tests.model.foreign import ARCHITECTURE, by_wsinfer, config, mean_graph, network, wsinfer_folder
 from wsi_idc.errors import ModelError, UsageError
 from wsi_idc.model.bundle import read_bundle
 from wsi_idc.model.foreign import ImportOptions
@@ -22,10 +22,6 @@ from wsi_idc.model.graphs import Preparation
 from wsi_idc.model.importing import import_model
 from wsi_idc.model.known import made_tiles
 from wsi_idc.model.runtime import load_runtime
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from foreign import ARCHITECTURE, by_wsinfer, config, mean_graph, network, wsinfer_folder
 
 TRUST = ImportOptions(trust=True)
 STATED = ImportOptions(tile_px=50, mpp=4.0, classes=("non-IDC", "IDC"), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

@@ -16,6 +16,7 @@ import torch
 from tests.train.runs import QUICK, quiet, same, weights
 from wsi_idc.errors import ModelError, UsageError, WsiIdcError
 from wsi_idc.model.bundle import read_bundle
+from wsi_idc.model.known import made_tiles
 from wsi_idc.model.network import load_network
 from wsi_idc.model.runtime import load_runtime
 from wsi_idc.train import TrainSettings, run
@@ -53,6 +54,8 @@ def test_a_bundle_is_whole_and_its_forms_agree(make_store, make, patients, tmp_p
         logits = load_network(bundle.fields.network, bundle.weights)(torch.from_numpy(tiles))
     found = load_runtime(bundle, "float32", 1).predict(tiles)
     assert np.abs(found - torch.sigmoid(logits).numpy()).max() < 1e-4
+    answers = load_runtime(bundle, "float32", 1).predict(made_tiles(bundle.fields.tile.size_px))
+    assert answers == pytest.approx(np.array(bundle.fields.known.probability), abs=1e-4)
     work = tmp_path / "bundle.training"
     assert not [path.name for path in work.rglob("*") if path.suffix in {".ckpt", ".npy", ".part"}]
     assert list(work.glob("tensorboard/events*"))
