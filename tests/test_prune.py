@@ -99,8 +99,8 @@ def test_slides_that_left_the_manifest_are_shown_as_such_and_left_out_of_infer(s
     assert done.exception.exit_code == 2 and "no such slide_id in the manifest" in str(done.exception)
     lines = invoke("status", slides).stdout.splitlines()
     assert lines[1].split()[:4] == ["a", "yes", "24", "mean"]
-    assert lines[2].endswith("no longer in the manifest")
-    assert "1 slide: 1 extracted (24 tiles), 0 failed, 0 not yet; 0 with warnings" in lines
+    assert "no longer in the manifest" in lines[2]
+    assert any(line.startswith("1 slide: 1 extracted (24 tiles), 0 failed, 0 not yet; ") for line in lines)
     assert lines[-1] == "2 more no longer in the manifest: wsi-idc prune removes them"
 
 
