@@ -16,7 +16,7 @@ from wsi_idc.settings import ExtractSettings, InferSettings
 
 COMMANDS = (
     *("extract", "infer", "train", "evaluate", "export", "report", "view", "status", "verify", "prune"),
-    *("doctor", "manifest", "info", "demo", "model"),
+    *("doctor", "manifest", "info", "demo", "model", "run", "config"),
 )
 HEAVY = ("torch", "tiatoolbox", "zarr", "dask", "distributed", "onnxruntime", "matplotlib", "scipy", "pydantic")
 
@@ -97,6 +97,7 @@ def test_json_is_one_object_a_line(wsi_idc, slides, bundle):
     done = wsi_idc("extract", slides, "--json", cwd=slides.parent)
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert {event["event"] for event in events} == {"done", "failed", "summary"}
+    assert all(event["seconds"] > 0 and event["time"] for event in events[:-1])
     assert events[-1] == {
         "event": "summary",
         "command": "extract",
@@ -319,3 +320,12 @@ def test_a_full_disk_ends_the_run_with_one_line_and_loses_nothing_that_was_done(
     assert states["a"]["extracted"] == "yes"
     assert states["b"]["extracted"] != "yes"
     assert "done b" in wsi_idc("extract", slides, cwd=folder).stdout
+
+
+def test_the_shell_completes_commands():
+    code = "import sys; sys.argv = ['wsi-idc']; from wsi_idc.cli import main; main()"
+    asked = {"_WSI_IDC_COMPLETE": "complete_bash", "COMP_WORDS": "wsi-idc ex", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["extract", "export"]

@@ -1,5 +1,6 @@
 """Progress is drawn on a terminal alone, and tells slides, tiles, tiles a second and the time left."""
 
+import json
 import os
 import pty
 import re
@@ -62,6 +63,102 @@ def test_the_bar_knows_the_rate_and_the_time_left():
     assert bar.fields["rate"] > 0
     assert bar.fields["left"].endswith(" s left")
     assert bar.fields["completed"] == 0
+
+
+class Clock:
+    """A clock that stands until it is set."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_one_quick_failure_says_nothing_of_the_time_left():
+    """Before, it counted as a tenth of the work done in no time: 1,000 s of work were "9 s left"."""
+    clock = Clock()
+    listener = SlideListener(Console(), "extract", 10, None, clock)
+    clock.now = 1.0
+    listener.ended("a", Outcome("failed", reason="broken", seconds=0.1))
+    assert listener.seconds_left is None
+    clock.now = 101.0
+    listener.ended("b", Outcome("done", 10, seconds=100.0))
+    assert 800 <= listener.seconds_left <= 820
+    clock.now = 102.0
+    listener.ended("c", Outcome("failed", reason="broken", seconds=0.1))
+    assert 700 <= listener.seconds_left <= 720
+
+
+def test_a_slide_that_failed_after_long_counts_as_one():
+    clock = Clock()
+    listener = SlideListener(Console(), "extract", 4, None, clock)
+    clock.now = 100.0
+    listener.ended("a", Outcome("done", 10, seconds=100.0))
+    clock.now = 200.0
+    listener.ended("b", Outcome("failed", reason="broken", seconds=100.0))
+    assert listener.seconds_left == 200.0
+
+
+def test_off_a_terminal_it_is_said_every_so_often_how_far_it_is(capsys):
+    clock = Clock()
+    listener = SlideListener(Console(), "infer", 100, None, clock)
+    listener.prepared("a", 100)
+    for clock.now in (10.0, 59.0, 60.0, 61.0, 119.0):
+        listener.advanced("a", 10)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert re.match(
+        r"infer: 0 of 100 slides, 30 tiles, 0 tiles/s; 5 h 32 min left, until (\w{3} )?\d\d:\d\d$", lines[0]
+    )
+    for clock.now in range(7200, 14400, 10):
+        listener.advanced("a", 0)
+    assert 5 <= len(capsys.readouterr().out.splitlines()) <= 20
+
+
+def test_programs_are_told_how_far_it_is_too(capsys):
+    clock = Clock()
+    listener = SlideListener(Console(json_lines=True), "infer", 2, None, clock)
+    clock.now = 60.0
+    listener.ended("a", Outcome("done", 600, seconds=1.23456))
+    done, progress = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (done["command"], done["seconds"], done["event"]) == ("infer", 1.235, "done")
+    assert progress == {
+        "event": "progress", "command": "infer", "slides": 2, "ended": 1, "failed": 0, "tiles": 0,
+        "tiles_per_second": 0.0, "seconds_left": 60,
+    }  # fmt: skip
+
+
+def test_a_log_has_all_that_is_told_with_times_and_does_not_grow_for_ever(tmp_path, capsys):
+    console = Console(json_lines=True, verbosity=-1)
+    console.log_to(tmp_path / "run.log")
+    console.line("a \x1b[31m line")
+    console.line("only for those who ask", level=1)
+    console.trouble("two\nlines")
+    console.table(["slide"], [["a"]])
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} "
+    expected = [r"INFO    a \\x1b\[31m line", "WARNING two", "WARNING lines", "INFO    slide", "INFO    a"]
+    assert len(lines) == len(expected)
+    for line, words in zip(lines, expected, strict=True):
+        assert re.fullmatch(stamp + words, line), line
+    console._log.maxBytes = 1000
+    for _ in range(200):
+        console.line("x" * 100)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.log", *(f"run.log.{n}" for n in range(1, 6))]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_the_work_goes_on(tmp_path, capsys):
+    console = Console()
+    console.log_to(tmp_path / "run.log")
+    console._log.stream.close()
+    console._log.stream = (tmp_path / "run.log").open()
+    console.line("one")
+    console.line("two")
+    told = capsys.readouterr()
+    assert told.out == "one\ntwo\n"
+    assert told.err.count("cannot be written") == 1 and "Traceback" not in told.err
 
 
 def test_plain_lines_count_the_slides(capsys):

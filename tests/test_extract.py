@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from wsi_idc.errors import StoreBusyError, StoreError
-from wsi_idc.extract import extract, plan_slides
-from wsi_idc.manifest import read_manifest
+from wsi_idc.errors import StoreBusyError, StoreError, UsageError
+from wsi_idc.extract import PlannedSlide, check_room, extract, plan_slides
+from wsi_idc.manifest import Row, read_manifest
+from wsi_idc.plan import Plan
 from wsi_idc.settings import CutSettings, ExtractSettings, TileSpec
 from wsi_idc.slides import open_slide
 from wsi_idc.store import hold_store, open_store
@@ -344,3 +347,29 @@ def test_one_missing_slide_fails_alone(slides, recorder):
     assert "no such file or folder (looked for" in summary.failures["a"]
     assert summary.outcomes["b"].status == "done"
     assert "no such file" in store.slide_node("a").record().failed
+
+
+def test_room_is_asked_for_by_what_slides_took_so_far():
+    def planned(*actions, tiles=1_000_000):
+        """A million tiles of 50 px take some 5 GB."""
+        return [
+            PlannedSlide(
+                Row(f"s{n}", Path(f"s{n}"), "p"), Plan(action, ""), {}, tiles=tiles if action == "skip" else None
+            )
+            for n, action in enumerate(actions)
+        ]
+
+    def check(slides, free, settings=CutSettings()):  # noqa: B008
+        check_room(slides, SimpleNamespace(address="t.zarr", backing=SimpleNamespace(free=lambda: free)), settings)
+
+    check(planned("skip", "run"), 3e9)
+    with pytest.raises(UsageError, match=r"t\.zarr: 2\.0 GB free for 1 new slide, which take about 5\.2 GB; make room"):
+        check(planned("skip", "run"), 2e9)
+    with pytest.raises(UsageError, match=r"2 new slides, which take about 10\.5 GB"):
+        check(planned("skip", "run", "run"), 5e9)
+    check(planned("skip", "redo", "redo"), 0)
+    check(planned("skip", "run"), None)
+    check(planned("skip", "run"), 1e9, CutSettings(pixels=False))
+    check(planned("run", "run"), 1e9)
+    with pytest.raises(UsageError, match=r"about 0\.2 GB"):
+        check(planned("run"), 1e8)

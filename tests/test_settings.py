@@ -10,6 +10,8 @@ from wsi_idc.settings import (
     ExtractSettings,
     InferSettings,
     PlaceSettings,
+    ReportSettings,
+    RunSettings,
     Settings,
     StageSettings,
     TileSpec,
@@ -24,7 +26,7 @@ def kinds(cls):
     }
 
 
-@pytest.mark.parametrize("cls", [TileSpec, ExtractSettings, InferSettings, ExportSettings])
+@pytest.mark.parametrize("cls", [TileSpec, ExtractSettings, InferSettings, ExportSettings, ReportSettings, RunSettings])
 def test_every_field_is_content_or_runtime(cls):
     assert set(kinds(cls).values()) <= {"content", "runtime"}
 
@@ -41,6 +43,8 @@ def test_no_settings_class_is_left_out_of_that_test():
         ExtractSettings,
         InferSettings,
         ExportSettings,
+        ReportSettings,
+        RunSettings,
     }
 
 

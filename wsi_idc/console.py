@@ -1,14 +1,18 @@
 """What people see: progress on a terminal, plain lines under cron, one JSON object a line for programs."""
 
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_idc.errors import FaultsError, WsiIdcError
+from wsi_idc.errors import FaultsError, UsageError, WsiIdcError, system_reason
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -37,6 +41,26 @@ class Console:
 
     def __init__(self, *, json_lines: bool = False, verbosity: int = 0) -> None:
         self.json_lines, self.verbosity = json_lines, verbosity
+        self._log: _LogFile | None = None
+
+    def log_to(self, path: Path) -> None:
+        """Also keep what is told, whatever of it is shown, in a file with the time of each line.
+
+        From 10 MB on it is renamed to `<name>.1`, and so on to `.5`.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        try:
+            self._log = _LogFile(path)
+        except OSError as error:
+            raise UsageError(path, f"cannot be written ({system_reason(error)})", "choose another log file") from error
+
+    def log(self, text: str, level: int = logging.INFO) -> None:
+        """Lines for the log file alone."""
+        if self._log is not None:
+            for line in printable(text).splitlines():
+                self._log.handle(logging.LogRecord("wsi-idc", level, "", 0, line, (), None))
 
     @property
     def draws(self) -> bool:
@@ -45,11 +69,14 @@ class Console:
 
     def line(self, text: str, *, level: int = 0) -> None:
         """A line of result, unless quieter than its level."""
+        if level <= max(0, self.verbosity):
+            self.log(text)
         if not self.json_lines and self.verbosity >= level:
             print(printable(text), flush=True)
 
     def trouble(self, text: str) -> None:
         """A line about something wrong; never silenced."""
+        self.log(text, logging.WARNING)
         print(printable(text), file=sys.stderr, flush=True)
 
     def record(self, kind: str, **fields: Any) -> None:
@@ -62,7 +89,8 @@ class Console:
         if self.json_lines:
             faults = {"faults": error.faults} if isinstance(error, FaultsError) else {}
             self.record("error", subject=error.subject, reason=error.reason, exit_code=error.exit_code, **faults)
-        self.trouble(f"wsi-idc: {error}")
+        self.log(str(error), logging.ERROR)
+        print(printable(f"wsi-idc: {error}"), file=sys.stderr, flush=True)
 
     def plans(self, plans: "Mapping[str, Plan]") -> None:
         """What would be done (`--dry-run`)."""
@@ -81,14 +109,18 @@ class Console:
 
     def summary(self, command: str, summary: "Summary") -> None:
         """The closing table."""
-        fields = {
-            "done": summary.done,
-            "skipped": summary.skipped,
-            "failed": len(summary.failures),
-            "tiles": summary.tiles,
-            "seconds": round(summary.seconds, 1),
-        }
-        self.record("summary", command=command, **fields)
+        self.notes(command, summary)
+        if not summary.outcomes:
+            count = len(summary.plans)
+            if not self.json_lines:
+                self.line(f"{command}: nothing to do, {count} slide{'s are' if count != 1 else ' is'} up to date")
+            return
+        cells = [f"{value:,}" for value in counts(summary).values()]
+        self.table(["slides done", "skipped", "failed", "tiles", "seconds"], [cells])
+
+    def notes(self, command: str, summary: "Summary") -> None:
+        """What is told of a command at its end, besides the table."""
+        self.record("summary", command=command, **counts(summary))
         for note in summary.notes:
             self.record("note", text=note)
             self.line(f"note: {note}")
@@ -96,23 +128,16 @@ class Console:
             if plan.action == "skip":
                 self.record("skipped", slide=name, reason=plan.reason)
                 self.line(f"skipped {name}: {plan.reason}", level=1)
-        if self.json_lines or self.verbosity < 0:
-            return
-        if not summary.outcomes and not summary.failures:
-            count = len(summary.plans)
-            self.line(f"{command}: nothing to do, {count} slide{'s are' if count != 1 else ' is'} up to date")
-            return
-        self.table(["slides done", "skipped", "failed", "tiles", "seconds"], [[f"{v:,}" for v in fields.values()]])
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
         """A table on stdout: drawn on a terminal, columns of text otherwise."""
+        header, rows = [printable(name) for name in header], [[printable(str(cell)) for cell in row] for row in rows]
+        lines = columns(header, rows)
+        self.log("\n".join(lines))
         if self.json_lines or self.verbosity < 0:
             return
-        header, rows = [printable(name) for name in header], [[printable(str(cell)) for cell in row] for row in rows]
         if not sys.stdout.isatty():
-            widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
-            for row in [header, *rows]:
-                print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            print("\n".join(lines), flush=True)
             return
         from rich.console import Console as RichConsole
         from rich.table import Table
@@ -123,6 +148,42 @@ class Console:
         for row in rows:
             table.add_row(*(cell.replace("[", "\\[") for cell in row))
         RichConsole().print(table)
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines of text."""
+    widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+
+
+def counts(summary: "Summary") -> dict[str, Any]:
+    """A summary in numbers: slides done, skipped and failed, tiles, seconds."""
+    return {
+        "done": summary.done,
+        "skipped": summary.skipped,
+        "failed": len(summary.failures),
+        "tiles": summary.tiles,
+        "seconds": round(summary.seconds, 1),
+    }
+
+
+class _LogFile(RotatingFileHandler):
+    """The log file: lines with the time and how grave they are; one that cannot be written is told once."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, maxBytes=10_000_000, backupCount=5, encoding="utf-8")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+        self._broken = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say once that the log has a hole, and go on: the work is worth more."""
+        if not self._broken:
+            reason = sys.exc_info()[1]
+            print(f"warning: the log {self.baseFilename} cannot be written ({reason})", file=sys.stderr, flush=True)
+        self._broken = True
 
 
 class ProgressFactory:
@@ -163,15 +224,36 @@ def _make_bar() -> "Progress":
 
 
 class SlideListener:
-    """Tells how slides go on; see `jobs.Listener`. Called from Dask's thread and the main one."""
+    """Tells how slides go on; see `jobs.Listener`. Called from Dask's thread and the main one.
 
-    def __init__(self, console: Console, verb: str, slides: int, bar: "Progress | None") -> None:
-        self._console, self._slides, self._bar = console, slides, bar
-        self._start = time.monotonic()
-        self._tiles = self._ended = 0
+    Args:
+        console: where it is told.
+        verb: the command.
+        slides: how many will be run.
+        bar: what is drawn; None: off a terminal, a line every so often.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        verb: str,
+        slides: int,
+        bar: "Progress | None",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console, self._verb, self._slides, self._bar, self._clock = console, verb, slides, bar, clock
+        self._start = self._told = clock()
+        self._tiles = self._failed = 0
         self._known: dict[str, int] = {}
         self._partial: dict[str, int] = {}
+        self._done_s: list[float] = []
+        self._failed_s: list[float] = []
         self._task = None if bar is None else bar.add_task(verb, total=slides, tiles=0, rate=0.0, left="")
+
+    @property
+    def _ended(self) -> int:
+        return len(self._done_s) + len(self._failed_s)
 
     def prepared(self, job_id: str, tiles: int) -> None:
         """See `Listener.prepared`."""
@@ -181,16 +263,22 @@ class SlideListener:
         """See `Listener.advanced`."""
         self._tiles += tiles
         self._partial[job_id] = self._partial.get(job_id, 0) + tiles
-        self._draw()
+        self._tell()
 
     def ended(self, job_id: str, outcome: "Outcome") -> None:
         """See `Listener.ended`."""
-        self._ended += 1
+        (self._done_s if outcome.status == "done" else self._failed_s).append(outcome.seconds or 0.0)
         self._known.pop(job_id, None)
         self._partial.pop(job_id, None)
-        self._draw()
         self._console.record(
-            outcome.status, slide=job_id, tiles=outcome.tiles, reason=outcome.reason, warnings=list(outcome.warnings)
+            outcome.status,
+            command=self._verb,
+            slide=job_id,
+            tiles=outcome.tiles,
+            reason=outcome.reason,
+            warnings=list(outcome.warnings),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=None if outcome.seconds is None else round(outcome.seconds, 3),
         )
         for warning in outcome.warnings:
             self._trouble(f"warning {job_id}: {warning}")
@@ -198,22 +286,75 @@ class SlideListener:
             self._trouble(f"failed {job_id}: {outcome.reason}")
             if os.environ.get("WSI_IDC_DEBUG"):
                 self._trouble(outcome.detail)
-        elif self._bar is None:
-            self._console.line(f"done {job_id}: {outcome.tiles:,} tiles ({self._ended} of {self._slides} slides)")
+        else:
+            line = f"done {job_id}: {outcome.tiles:,} tiles ({self._ended} of {self._slides} slides)"
+            (self._console.line if self._bar is None else self._console.log)(line)
+        self._tell()
 
     def _trouble(self, line: str) -> None:
         """A line above the bar, or plain."""
         if self._bar is None:
             self._console.trouble(line)
         else:
+            self._console.log(line, logging.WARNING)
             self._bar.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
-    def _draw(self) -> None:
-        if self._bar is None or self._task is None:
-            return
-        seconds = time.monotonic() - self._start
+    @property
+    def seconds_left(self) -> float | None:
+        """How long it will go on, by what slides took so far; None: nothing is known of that yet.
+
+        One that failed counts as much of a slide as it took of a slide's time: one that fails at once says nothing of
+        the others.
+        """
+        mean = sum(self._done_s) / len(self._done_s) if self._done_s else 0.0
+        worked = len(self._done_s) + sum(min(1.0, seconds / mean) for seconds in self._failed_s if mean)
         begun = sum(min(1.0, self._partial.get(name, 0) / tiles) for name, tiles in self._known.items() if tiles)
-        share = (self._ended + begun) / self._slides
-        left = f"{seconds * (1 / share - 1):,.0f} s left" if share > 0 else ""
+        if not worked + begun:
+            return None
+        return (self._clock() - self._start) * (self._slides - self._ended - begun) / (worked + begun)
+
+    def _tell(self) -> None:
+        """Draw how far it is, or say so where it was not said for long."""
+        now, left = self._clock(), self.seconds_left
+        seconds = now - self._start
         rate = self._tiles / seconds if seconds else 0.0
-        self._bar.update(self._task, completed=self._ended, tiles=self._tiles, rate=rate, left=left)
+        if self._bar is not None and self._task is not None:
+            words = "" if left is None else f"{duration(left)} left"
+            self._bar.update(self._task, completed=self._ended, tiles=self._tiles, rate=rate, left=words)
+        if self._ended == self._slides or now - self._told < max(_EVERY_S, seconds / 20):
+            return
+        self._told = now
+        self._console.record(
+            "progress",
+            command=self._verb,
+            slides=self._slides,
+            ended=self._ended,
+            failed=len(self._failed_s),
+            tiles=self._tiles,
+            tiles_per_second=round(rate, 1),
+            seconds_left=None if left is None else round(left),
+        )
+        end = "" if left is None else f"; {duration(left)} left, until {_clock_time(left)}"
+        line = (
+            f"{self._verb}: {self._ended:,} of {self._slides:,} slides, {self._tiles:,} tiles, {rate:,.0f} tiles/s{end}"
+        )
+        (self._console.line if self._bar is None else self._console.log)(line)
+
+
+_EVERY_S = 60
+"""Between two lines on how far it is; later on, a twentieth of the time that has passed."""
+
+
+def duration(seconds: float) -> str:
+    """A length of time as a person says it."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:,.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def _clock_time(seconds: float) -> str:
+    """The time of day in so many seconds; with the day, where that is another one."""
+    now = datetime.now()
+    then = now + timedelta(seconds=seconds)
+    return then.strftime("%H:%M" if then.date() == now.date() else "%a %H:%M")

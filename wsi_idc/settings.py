@@ -129,6 +129,14 @@ class ReportSettings(Settings):
     threshold: Annotated[float | None, Field(gt=0.0, lt=1.0, json_schema_extra=CONTENT)] = None
 
 
+class RunSettings(Settings):
+    """What `run` tells, and where; besides the settings of its stages."""
+
+    log_file: Annotated[Path | None, Field(json_schema_extra=RUNTIME)] = None
+    metrics: Annotated[Path | None, Field(json_schema_extra=RUNTIME)] = None
+    summary: Annotated[Path | None, Field(json_schema_extra=RUNTIME)] = None
+
+
 _Kind = TypeVar("_Kind", bound=Settings)
 
 

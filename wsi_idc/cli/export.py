@@ -8,6 +8,7 @@ import typer
 from wsi_idc import USE
 from wsi_idc.cli.options import (
     DEFAULT_STORE,
+    ConfigOption,
     ForceOption,
     JsonOption,
     OnlyOption,
@@ -16,6 +17,7 @@ from wsi_idc.cli.options import (
     VerboseOption,
     console_for,
     finish,
+    load_settings,
 )
 
 MapModelOption = Annotated[
@@ -33,6 +35,7 @@ ThresholdOption = Annotated[
 
 
 def export(
+    config: ConfigOption = None,
     store: StoreOption = DEFAULT_STORE,
     formats: Annotated[
         list[str] | None,
@@ -55,9 +58,10 @@ def export(
     """Write maps as files for other programs: a file a slide and format."""
     console = console_for(json_lines=json_lines, quiet=quiet, verbose=verbose)
     from wsi_idc.export.export import export as command
-    from wsi_idc.settings import ExportSettings, build
 
-    settings = build(ExportSettings, formats=formats, out=out, threshold=threshold)
+    said = {"export.formats": formats, "export.out": out, "export.threshold": threshold}
+    found = load_settings(said, file=config)
+    settings, model = found.export, model or (str(found.model) if found.model else None)
     with console.progress("export") as listener:
         summary = command(store, model, settings, only=only or [], force=force, listener=listener)
     console.line(f"wrote to {settings.out}. {USE}")

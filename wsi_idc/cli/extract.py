@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wsi_idc.cli.options import (
-    DEFAULT_STORE,
+    ConfigOption,
     DryRunOption,
     ForceOption,
     JsonOption,
@@ -18,7 +18,7 @@ from wsi_idc.cli.options import (
     SchedulerOption,
     StageGbOption,
     StageOption,
-    StoreOption,
+    StoreSetting,
     ThreadsOption,
     TissueOption,
     VerboseOption,
@@ -27,6 +27,7 @@ from wsi_idc.cli.options import (
     check_place,
     console_for,
     finish,
+    load_settings,
 )
 from wsi_idc.errors import UsageError
 
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 def extract(
     manifest: Annotated[Path, typer.Argument(help="CSV with a column path; see the README for the others.")],
-    store: StoreOption = DEFAULT_STORE,
+    config: ConfigOption = None,
+    store: StoreSetting = None,
     tile_size: Annotated[int | None, typer.Option(help="Tile side in pixels. [default: 50]")] = None,
     mpp: Annotated[float | None, typer.Option(help="Tile resolution in um/px. [default: 4.0]")] = None,
     stride: Annotated[int | None, typer.Option(help="Pixels from tile to tile. [default: the tile size]")] = None,
@@ -64,12 +66,12 @@ def extract(
     strict: Annotated[
         bool, typer.Option("--strict", help="Do nothing if a slide, annotation or mask of the manifest is missing.")
     ] = False,
-    workers: WorkersOption = 0,
+    workers: WorkersOption = None,
     threads: ThreadsOption = None,
     scheduler: SchedulerOption = None,
     scheduler_file: SchedulerFileOption = None,
     wait: WaitOption = None,
-    stage: StageOption = "",
+    stage: StageOption = None,
     stage_gb: StageGbOption = None,
     only: OnlyOption = None,
     force: ForceOption = False,
@@ -81,40 +83,47 @@ def extract(
     """Cut the tissue of a manifest's slides into tiles."""
     console = console_for(json_lines=json_lines, quiet=quiet, verbose=verbose)
     from wsi_idc.manifest import read_manifest
-    from wsi_idc.settings import ExtractSettings, TileSpec, build
 
-    spec = build(TileSpec, size_px=tile_size, mpp=mpp, stride_px=stride, last=last)
-    settings = build(
-        ExtractSettings,
-        tile=spec,
-        tissue=tissue,
-        min_tissue=min_tissue,
-        reader=reader,
-        annotation_class=annotation_class,
-        empty_annotation=empty_annotation,
-        pixels=not no_pixels,
-        icc=icc,
-        workers=workers,
-        threads=threads,
-        scheduler=scheduler,
-        scheduler_file=scheduler_file,
-        wait=wait,
-        stage=stage,
-        stage_gb=stage_gb,
+    found = load_settings(
+        {
+            "store": store,
+            "extract.tile_size": tile_size,
+            "extract.mpp": mpp,
+            "extract.stride": stride,
+            "extract.last": last,
+            "extract.tissue": tissue,
+            "extract.min_tissue": min_tissue,
+            "extract.reader": reader,
+            "extract.annotation_class": annotation_class,
+            "extract.empty_annotation": empty_annotation,
+            "extract.pixels": False if no_pixels else None,
+            "extract.icc": icc,
+            "extract.strict": strict or None,
+            "extract.workers": workers,
+            "extract.threads": threads,
+            "extract.scheduler": scheduler,
+            "extract.scheduler_file": scheduler_file,
+            "extract.wait": wait,
+            "extract.stage": stage,
+            "extract.stage_gb": stage_gb,
+        },
+        manifest=manifest,
+        file=config,
     )
+    settings = found.extract
     check_place(settings)
-    rows = _limit(read_manifest(manifest, strict=strict), only)
+    rows = _limit(read_manifest(manifest, strict=found.strict), only)
     from wsi_idc import extract as command
 
     if dry_run:
         from wsi_idc.store import find_store
 
         command.check_stage(rows, settings)
-        planned = command.plan_slides(rows, find_store(store), settings.cut(), force=force, strict=strict)
+        planned = command.plan_slides(rows, find_store(found.store), settings.cut(), force=force, strict=found.strict)
         console.plans({slide.row.slide_id: slide.plan for slide in planned})
         return
     with console.progress("extract") as listener:
-        summary = command.extract(rows, store, settings, force=force, strict=strict, listener=listener)
+        summary = command.extract(rows, found.store, settings, force=force, strict=found.strict, listener=listener)
     finish(console, "extract", summary)
 
 

@@ -6,17 +6,21 @@ from typing import Annotated
 import typer
 
 from wsi_idc.cli.options import (
-    DEFAULT_STORE,
+    BatchSizeOption,
+    ConfigOption,
     DryRunOption,
     ForceOption,
+    GpusOption,
     JsonOption,
+    ModelSetting,
     OnlyOption,
+    PrecisionOption,
     QuietOption,
     SchedulerFileOption,
     SchedulerOption,
     StageGbOption,
     StageOption,
-    StoreOption,
+    StoreSetting,
     ThreadsOption,
     VerboseOption,
     WaitOption,
@@ -24,6 +28,7 @@ from wsi_idc.cli.options import (
     check_place,
     console_for,
     finish,
+    load_settings,
 )
 
 
@@ -31,25 +36,19 @@ def infer(
     manifest: Annotated[
         Path | None, typer.Argument(help="Score the slides of this manifest; else all of the store.")
     ] = None,
-    store: StoreOption = DEFAULT_STORE,
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="WSI_IDC_MODEL", help="A model bundle's folder. [default: the one that ships]", metavar="BUNDLE"
-        ),
-    ] = None,
-    workers: WorkersOption = 0,
+    config: ConfigOption = None,
+    store: StoreSetting = None,
+    model: ModelSetting = None,
+    workers: WorkersOption = None,
     threads: ThreadsOption = None,
     scheduler: SchedulerOption = None,
     scheduler_file: SchedulerFileOption = None,
     wait: WaitOption = None,
-    stage: StageOption = "",
+    stage: StageOption = None,
     stage_gb: StageGbOption = None,
-    gpus: Annotated[int, typer.Option(help="GPUs to use, one process each; 0: the CPU.")] = 0,
-    batch_size: Annotated[int | None, typer.Option(help="Tiles scored together. [default: 64]")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="auto (int8 where the bundle has it), float32 or int8.", metavar="PRECISION")
-    ] = None,
+    gpus: GpusOption = None,
+    batch_size: BatchSizeOption = None,
+    precision: PrecisionOption = None,
     only: OnlyOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
@@ -59,21 +58,25 @@ def infer(
 ) -> None:
     """Score the tiles of a store, and write one probability map a slide."""
     console = console_for(json_lines=json_lines, quiet=quiet, verbose=verbose)
-    from wsi_idc.settings import InferSettings, build
-
-    settings = build(
-        InferSettings,
-        batch_size=batch_size,
-        workers=workers,
-        threads=threads,
-        scheduler=scheduler,
-        scheduler_file=scheduler_file,
-        wait=wait,
-        gpus=gpus,
-        precision=precision,
-        stage=stage,
-        stage_gb=stage_gb,
+    found = load_settings(
+        {
+            "store": store,
+            "model": None if model is None else str(model),
+            "infer.batch_size": batch_size,
+            "infer.precision": precision,
+            "infer.gpus": gpus,
+            "infer.workers": workers,
+            "infer.threads": threads,
+            "infer.scheduler": scheduler,
+            "infer.scheduler_file": scheduler_file,
+            "infer.wait": wait,
+            "infer.stage": stage,
+            "infer.stage_gb": stage_gb,
+        },
+        manifest=manifest,
+        file=config,
     )
+    settings = found.infer
     check_place(settings)
     from wsi_idc import infer as command
     from wsi_idc.model.bundle import SHIPPED, read_bundle
@@ -83,14 +86,17 @@ def infer(
         from wsi_idc.manifest import read_manifest
 
         listed = [row.slide_id for row in read_manifest(manifest, away=True)]
-    bundle = read_bundle(model or SHIPPED)
+    bundle = read_bundle(found.model or SHIPPED)
     if dry_run:
         from wsi_idc.store import open_store
 
         form = bundle.form(settings.precision, cuda=settings.gpus > 0)
-        planned = command.plan_maps(open_store(store), bundle, form, only=only or [], listed=listed, force=force)
+        maps = open_store(found.store)
+        planned = command.plan_maps(maps, bundle, form, only=only or [], listed=listed, force=force)
         console.plans(planned.plans)
         return
     with console.progress("infer") as listener:
-        summary = command.infer(store, bundle, settings, only=only or [], listed=listed, force=force, listener=listener)
+        summary = command.infer(
+            found.store, bundle, settings, only=only or [], listed=listed, force=force, listener=listener
+        )
     finish(console, "infer", summary)

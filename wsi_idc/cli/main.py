@@ -7,12 +7,14 @@ Exit codes: 0 all slides done, 1 some failed, 2 bad usage, manifest, settings or
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from wsi_idc import USE, __version__
+from wsi_idc.cli.config import config
 from wsi_idc.cli.demo import demo
 from wsi_idc.cli.doctor import doctor
 from wsi_idc.cli.evaluate import evaluate
@@ -22,9 +24,10 @@ from wsi_idc.cli.infer import infer
 from wsi_idc.cli.info import info
 from wsi_idc.cli.manifest import make_manifest
 from wsi_idc.cli.model import app as model
-from wsi_idc.cli.options import current_console
+from wsi_idc.cli.options import current_console, tell_interrupted
 from wsi_idc.cli.prune import prune
 from wsi_idc.cli.report import report
+from wsi_idc.cli.run import run
 from wsi_idc.cli.status import status
 from wsi_idc.cli.train import train
 from wsi_idc.cli.verify import verify
@@ -35,12 +38,12 @@ app = typer.Typer(
     name="wsi-idc",
     help=f"Probability maps of invasive ductal carcinoma (IDC) from whole-slide images. {USE}",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
+app.command("run")(run)
 app.command("extract")(extract)
 app.command("infer")(infer)
 app.command("train")(train)
@@ -54,6 +57,7 @@ app.command("prune")(prune)
 app.command("doctor")(doctor)
 app.command("manifest")(make_manifest)
 app.command("info")(info)
+app.command("config")(config)
 app.command("demo")(demo)
 app.add_typer(model, name="model")
 
@@ -81,6 +85,8 @@ def _interrupted(number: int, _: FrameType | None) -> NoReturn:
     hint = f"interrupted: what was complete is kept, {again}"
     cursor = "\x1b[?25h\r\x1b[K" if sys.stderr.isatty() else ""
     os.write(2, f"{cursor}wsi-idc: {hint}\n".encode())
+    with suppress(Exception):
+        tell_interrupted(number, hint)
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(128 + number)

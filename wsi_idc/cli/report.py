@@ -7,10 +7,20 @@ import typer
 
 from wsi_idc import USE
 from wsi_idc.cli.export import MapModelOption, ThresholdOption
-from wsi_idc.cli.options import DEFAULT_STORE, JsonOption, OnlyOption, QuietOption, StoreOption, console_for
+from wsi_idc.cli.options import (
+    DEFAULT_STORE,
+    ConfigOption,
+    JsonOption,
+    OnlyOption,
+    QuietOption,
+    StoreOption,
+    console_for,
+    load_settings,
+)
 
 
 def report(
+    config: ConfigOption = None,
     store: StoreOption = DEFAULT_STORE,
     out: Annotated[Path | None, typer.Option(help="The page. [default: report.html]", metavar="FILE")] = None,
     model: MapModelOption = None,
@@ -22,9 +32,9 @@ def report(
     """Write one page that shows each slide with its map, what failed, and what it was all made from."""
     console = console_for(json_lines=json_lines, quiet=quiet)
     from wsi_idc.report import write
-    from wsi_idc.settings import ReportSettings, build
 
-    settings = build(ReportSettings, out=out, threshold=threshold)
+    found = load_settings({"report.out": out, "report.threshold": threshold}, file=config)
+    settings, model = found.report, model or (str(found.model) if found.model else None)
     with console.progress("report") as listener:
         told = listener if console.draws else None
         written = write(store, model, settings.out, threshold=settings.threshold, only=only or [], listener=told)

@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -101,6 +101,7 @@ def export(
     settings: ExportSettings,
     *,
     only: Sequence[str] = (),
+    listed: Collection[str] | None = None,
     force: bool = False,
     listener: Callable[[Sequence[str]], Listener],
 ) -> Summary:
@@ -114,6 +115,7 @@ def export(
         model: whose maps, as `choose_model` takes it.
         settings: which formats, where, which threshold.
         only: slide ids to which it is limited; all where empty.
+        listed: the slide ids of the manifest, where one is given: other slides of the store are left out.
         force: write again what is up to date.
         listener: is given the slides that are looked at, and gives back what is told of their progress.
 
@@ -125,7 +127,8 @@ def export(
     start = time.monotonic()
     store = open_store(address)
     choice = choose_model(store, model)
-    names = [name for name in store.all_slide_ids() if not only or name in only]
+    whole = not only
+    names = [name for name in store.all_slide_ids() if (whole or name in only) and (listed is None or name in listed)]
     told = listener(names)
     plans: dict[str, Plan] = {}
     outcomes: dict[str, Outcome] = {}
@@ -135,7 +138,9 @@ def export(
         index = _Index(settings.out)
         rows = []
         try:
-            for found in look_at_all(store, choice, only, settings.threshold):
+            for found in (
+                look_at_all(store, choice, only if listed is None else names, settings.threshold) if names else ()
+            ):
                 name = found.slide_id
                 if isinstance(found, Absent):
                     rows.append(_absent_row(found, choice))
@@ -159,7 +164,7 @@ def export(
                 if outcome is not None:
                     outcomes[name] = outcome
                     told.ended(name, outcome)
-            notes = _write_slides(settings, rows, whole=not only)
+            notes = _write_slides(settings, rows, whole=whole)
         finally:
             index.write()
     notes += [f"{why}: {count} slide{'s' if count != 1 else ''} left out" for why, count in left_out.items()]

@@ -122,6 +122,9 @@ class Backing(Protocol):
     def flush(self, prefix: str) -> None:
         """When this returns, all that was written below the prefix, by any process here, outlives a power cut."""
 
+    def free(self) -> int | None:
+        """Bytes that still find room; None where there is no saying."""
+
     def zarr(self, *, read_only: bool) -> "ZarrStore":
         """The same place for zarr-python."""
 
@@ -212,6 +215,13 @@ class FolderBacking:
     def flush(self, prefix: str) -> None:
         """See `Backing.flush`."""
         flush_all(self._path(prefix))
+
+    def free(self) -> int | None:
+        """See `Backing.free`."""
+        try:
+            return shutil.disk_usage(self.folder).free
+        except OSError:
+            return None
 
     def zarr(self, *, read_only: bool) -> "ZarrStore":
         """See `Backing.zarr`."""

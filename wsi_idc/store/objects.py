@@ -148,6 +148,10 @@ class ObjectBacking:
     def flush(self, prefix: str) -> None:
         """See `Backing.flush`: nothing is left to do, since a server acknowledges what it has made durable."""
 
+    def free(self) -> int | None:
+        """See `Backing.free`; object stores do not end."""
+        return None
+
     def zarr(self, *, read_only: bool) -> "ZarrObjects":
         """See `Backing.zarr`."""
         return ZarrObjects(self._objects, url=self._url, read_only=read_only)

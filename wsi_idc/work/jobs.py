@@ -13,7 +13,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, Protocol
 
@@ -127,6 +127,7 @@ class Outcome:
         reason: why it failed; empty when done.
         warnings: lines that a user should see.
         notes: lines that are told once a run, with the number of slides that they are true of.
+        seconds: how long its tasks ran, all of them together; None where that was not measured.
         detail: the traceback where it failed, for those who look for a defect.
     """
 
@@ -135,6 +136,7 @@ class Outcome:
     reason: str = ""
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    seconds: float | None = field(default=None, compare=False)
     detail: str = field(default="", compare=False)
 
 
@@ -303,6 +305,14 @@ class _Lost:
     blame: bool = True
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """What a call gave, and the seconds that it took."""
+
+    value: Any
+    seconds: float
+
+
 @dataclass(eq=False)
 class _Active:
     """A job under way: its blocks that were not handed out yet, what came back, and what went wrong."""
@@ -315,6 +325,8 @@ class _Active:
     lost: _Lost | None = None
     tasks: int = 0
     """Handed out and not back."""
+    seconds: float = 0.0
+    """That its tasks ran."""
 
     @property
     def broken(self) -> bool:
@@ -344,10 +356,11 @@ class _Drive:
         self._ends: WsiIdcError | None = None
         """Why nothing more is begun."""
 
-    def _end(self, job: Job, outcome: Outcome) -> None:
+    def _end(self, active: _Active, outcome: Outcome) -> None:
         """Note what became of a job, and tell it."""
-        self.outcomes[job.job_id] = outcome
-        self._listener.ended(job.job_id, outcome)
+        outcome = replace(outcome, seconds=active.seconds)
+        self.outcomes[active.job.job_id] = outcome
+        self._listener.ended(active.job.job_id, outcome)
 
     def run(self, jobs: Sequence[Job], *, alone: bool = False, forgiving: bool = True) -> list[Job]:
         """Run jobs; gives back those that are to be tried again.
@@ -378,7 +391,7 @@ class _Drive:
                     suspects.append(active.job)
                 else:
                     why = active.lost.why if active.lost else ""
-                    self._end(active.job, _fail(active.job, active.failure or _Failure(f"{why}, each time")))
+                    self._end(active, _fail(active.job, active.failure or _Failure(f"{why}, each time")))
         if self._ends:
             raise self._ends
         return suspects
@@ -403,6 +416,9 @@ class _Drive:
                 continue
             stage = self._stages.pop(future.key)
             stage.active.tasks -= 1
+            if isinstance(value, _Timed):
+                stage.active.seconds += value.seconds
+                value = value.value
             yield stage.active, stage.index, value
             future.release()
             self._hand_out()
@@ -451,7 +467,7 @@ class _Drive:
             active.results[index] = value
         else:
             self._begun.remove(active)
-            self._end(active.job, value)
+            self._end(active, value)
             return
         if active.broken or self._ends:
             active.waiting.clear()
@@ -517,15 +533,15 @@ class _Report:
 
 def _call(job: Job, call: str, arguments: tuple[Any, ...], capacity: Capacity, topic: str) -> Any:
     """Run one call on a worker; errors come back as plain text: Dask neither retries, nor logs, nor unpickles them."""
-    report = _Report(job.job_id, topic)
+    report, start = _Report(job.job_id, topic), time.monotonic()
     try:
         value = getattr(job, call)(*arguments, Work(capacity, report))
         report.flush()
-        return value
     except OvertakenError as error:
         return _Lost(error.problem)
     except Exception as error:
-        return _failure(job, error)
+        value = _failure(job, error)
+    return _Timed(value, time.monotonic() - start)
 
 
 def _failure(job: Job, error: Exception) -> _Failure:
