@@ -25,6 +25,15 @@ def opened(browser, page, width=1280, scheme="light"):
     shown.close()
 
 
+def wait_until(shown, expression):
+    """The page's policy forbids what playwright's own waiting does there."""
+    for _ in range(200):
+        if shown.evaluate(expression):
+            return
+        shown.wait_for_timeout(50)
+    raise AssertionError(f"it never came true: {expression}")
+
+
 def order(shown):
     return shown.locator("#slides tbody tr:visible .open").all_inner_texts()
 
@@ -105,7 +114,7 @@ def test_a_click_shows_pictures_that_are_there(browser, page):
         row.click(position={"x": 600, "y": 10})
         dialog = shown.get_by_role("dialog")
         assert dialog.locator(".tiles img").count() == 8
-        shown.wait_for_function("[...document.querySelectorAll('dialog img')].every(image => image.naturalWidth)")
+        wait_until(shown, "[...document.querySelectorAll('dialog img')].every(image => image.naturalWidth)")
         drawn = dialog.locator("svg image").nth(1).bounding_box()
         slide = dialog.locator("svg image").nth(0).bounding_box()
         assert drawn["x"] == pytest.approx(slide["x"], abs=1) and drawn["width"] == pytest.approx(slide["width"], abs=1)
@@ -145,9 +154,9 @@ def test_pictures_beside_the_page_are_found(browser, kinds, tmp_path, monkeypatc
     monkeypatch.setattr("wsi_idc.report.pictures.PAGE_BYTES", 1000)
     out = write(kinds / "tiles.zarr", "mean", tmp_path / "a page #1.html").page
     with opened(browser, out) as shown:
-        shown.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth)")
+        wait_until(shown, "[...document.images].every(image => image.complete && image.naturalWidth)")
         shown.get_by_role("button", name="b", exact=True).click()
-        shown.wait_for_function("[...document.querySelectorAll('dialog img')].every(image => image.naturalWidth)")
+        wait_until(shown, "[...document.querySelectorAll('dialog img')].every(image => image.naturalWidth)")
 
 
 def test_in_print_the_tools_are_gone_and_what_it_may_be_used_for_stays(browser, page):
