@@ -89,6 +89,16 @@ def test_a_compressed_file_and_a_byte_order_mark_change_nothing(tmp_path: Path) 
     np.testing.assert_array_equal(fraction(path), square_map())
 
 
+@pytest.mark.parametrize("kind", ["tile", "detection", "cell"])
+def test_what_a_program_detected_is_no_annotation(tmp_path: Path, kind: str) -> None:
+    found = idc(polygon([[0, 0], [70, 0], [70, 60], [0, 60], [0, 0]]))
+    found["properties"]["objectType"] = kind
+    drawn = idc(polygon(SQUARE))
+    drawn["properties"]["objectType"] = "annotation"
+    content = {"type": "FeatureCollection", "features": [found, drawn]}
+    np.testing.assert_allclose(fraction(save(tmp_path, content)), square_map())
+
+
 def test_holes_are_not_idc(tmp_path: Path) -> None:
     hole = [[15, 15], [25, 15], [25, 25], [15, 25], [15, 15]]
     np.testing.assert_allclose(fraction(save(tmp_path, idc(polygon(SQUARE, hole)))), square_map(75 / 400))

@@ -301,6 +301,10 @@ def _is_point(point: Any) -> bool:
 # --- QuPath GeoJSON -----------------------------------------------------------------------------------------------
 
 
+_DETECTED = ("detection", "tile", "cell")
+"""QuPath's objects that a program found: were they taken for a person's, a model would be judged by its own answers."""
+
+
 def _geojson_regions(data: bytes) -> Iterator[Region]:
     try:
         content = json.loads(data.decode("utf-8-sig"))
@@ -320,6 +324,8 @@ def _geojson_regions(data: bytes) -> Iterator[Region]:
         if polygons:
             properties = feature.get("properties")
             properties = properties if isinstance(properties, dict) else {}
+            if properties.get("objectType") in _DETECTED:
+                continue
             name = properties.get("name")
             yield Region(_qupath_class(properties), name.strip() if isinstance(name, str) else "", polygons)
 
