@@ -281,7 +281,7 @@ def test_info_says_what_a_slide_is(wsi_idc, slides):
     assert done.returncode == 0
     from PIL import Image
 
-    assert Image.open(slides.parent / "p.png").size == (250, 200)
+    assert min(Image.open(slides.parent / "p.png").size) > 500  # a small slide comes out large enough to see
     assert wsi_idc("info", "a.tif", "--preview", "no/p.png", cwd=slides.parent).returncode == 2
     assert wsi_idc("info", "manifest.csv", cwd=slides.parent).returncode == 1
 

@@ -138,9 +138,8 @@ def export(
         index = _Index(settings.out)
         rows = []
         try:
-            for found in (
-                look_at_all(store, choice, only if listed is None else names, settings.threshold) if names else ()
-            ):
+            chosen = only if listed is None else names
+            for found in look_at_all(store, choice, chosen, settings.threshold) if chosen or listed is None else ():
                 name = found.slide_id
                 if isinstance(found, Absent):
                     rows.append(_absent_row(found, choice))
