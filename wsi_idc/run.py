@@ -7,7 +7,7 @@ them, what became of each slide in all of them, and the files that say so to tho
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -196,10 +196,10 @@ def run(night: Night, settings: InForce, *, progress: Progress) -> None:
     if listed & set(open_store(address).slide_ids()):
         stage("infer", lambda told: infer(address, bundle, settings.infer, listed=listed, listener=told))
         stage("export", lambda told: export(address, str(bundle.folder), settings.export, listed=listed, listener=told))
-    stage("report", lambda told: _report(address, bundle.folder, settings.report))
+    stage("report", lambda told: _report(address, bundle.folder, settings.report, listed))
 
 
-def _report(address: str, model: Path, settings: ReportSettings) -> Summary:
+def _report(address: str, model: Path, settings: ReportSettings, listed: Collection[str]) -> Summary:
     """Write the page; a slide that it shows is done, whatever is shown of it."""
     from wsi_idc.report import write
 
@@ -209,6 +209,7 @@ def _report(address: str, model: Path, settings: ReportSettings) -> Summary:
         str(model),
         settings.out,
         threshold=settings.threshold,
+        listed=listed,
         listener=lambda slides: _Kept(outcomes, {}, None),
     )
     strange = written.counts.get("suspicious", 0)

@@ -263,6 +263,11 @@ def test_figures_that_must_not_be_shown_are_not_and_why_is_said(kinds, make, tmp
     assert "ROC AUC" not in text
 
 
+def test_slides_that_left_the_manifest_are_named(kinds, tmp_path):
+    write(kinds / "tiles.zarr", None, tmp_path / "r.html", listed=["a", "b", "c'", "broken", "glass", "old"])
+    assert "1 of these slides is no longer in the manifest (new)" in (tmp_path / "r.html").read_text()
+
+
 def test_without_labels_nothing_is_said_of_them(kinds, tmp_path):
     assert "labels" not in write(kinds / "tiles.zarr", "mean", tmp_path / "r.html", only=["b"]).page.read_text().lower()
 

@@ -6,7 +6,7 @@ written to the store.
 
 import platform
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,6 +51,7 @@ def write(
     *,
     threshold: float | None = None,
     only: Sequence[str] = (),
+    listed: Collection[str] | None = None,
     listener: Callable[[Sequence[str]], Listener] | None = None,
 ) -> Written:
     """Write the page of all slides in a store, or of those of `only`.
@@ -63,6 +64,7 @@ def write(
         out: the page; pictures go to `<its name>_files` where the page would be over 25 MB.
         threshold: P(positive) from which a tile is positive; None: the model's.
         only: slide ids to which it is limited; all where empty.
+        listed: slide ids of the manifest: the page names slides that left it. None: no manifest was given.
         listener: is given the slides, and told when each was looked at.
 
     Raises:
@@ -98,7 +100,7 @@ def write(
                 card=_card(choice, bundle, about),
                 card_text=_card_text(bundle),
                 facts=_facts(store, bundle, about, threshold, only),
-                notes=_notes(store, entries),
+                notes=_notes(store, entries, listed),
                 pictures=pictures,
             ).encode()
 
@@ -154,9 +156,17 @@ def _left_out(entries: Sequence[Entry]) -> Judged | None:
     return Judged("The page shows chosen slides only (--only); figures are of all of a store's.")
 
 
-def _notes(store: Store, entries: Sequence[Entry]) -> list[str]:
+def _notes(store: Store, entries: Sequence[Entry], listed: Collection[str] | None) -> list[str]:
     """What must be said at the top."""
-    return [] if store.models() else ["The store has no maps: nothing was scored yet."]
+    notes = [] if store.models() else ["The store has no maps: nothing was scored yet."]
+    left = [] if listed is None else [one.slide_id for one in entries if one.slide_id not in listed]
+    if left:
+        shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+        notes.append(
+            f"{len(left):,} of these slides {'is' if len(left) == 1 else 'are'} no longer in the manifest ({shown}); "
+            "wsi-idc prune removes them from the store."
+        )
+    return notes
 
 
 def _card(choice: Choice, bundle: LoadedBundle | None, about: Mapping[str, Any]) -> list[tuple[str, str]]:
