@@ -66,9 +66,12 @@ def published_model(shared_data: Path) -> Path:
     return place
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Debian's Chromium, headless, driven by playwright."""
+    """Debian's Chromium, headless, driven by playwright.
+
+    Not for longer than a module: as long as it lives this thread has a running event loop, where Dask's cannot run.
+    """
     found = shutil.which("chromium")
     if found is None:
         pytest.skip("no Chromium is here: install Debian's package chromium")

@@ -214,8 +214,15 @@ def test_a_store_that_is_held_is_exit_code_75(wsi_idc, slides):
     assert f"another run holds the store (host {socket.gethostname()}, process {os.getpid()}, since " in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("workers", "number"),
+    [
+        (0, signal.SIGINT),
+        pytest.param(0, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGINT, marks=pytest.mark.slow),
+        (2, signal.SIGTERM),
+    ],
+)
 def test_an_interrupted_run_says_so_and_goes_on_from_there(wsi_idc, tmp_path, make, number, workers):
     names = [f"s{index}" for index in range(12)]
     for index, name in enumerate(names):

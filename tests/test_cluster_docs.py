@@ -75,6 +75,7 @@ def test_the_slurm_script_is_clean_and_does_the_work(here):
     assert_done(folder)
 
 
+@pytest.mark.slow
 def test_the_jobqueue_script_is_clean_and_does_the_work(here):
     folder, environment = here
     script = folder / "jobqueue.py"
@@ -90,6 +91,7 @@ def test_the_jobqueue_script_is_clean_and_does_the_work(here):
     lint(job)
 
 
+@pytest.mark.slow
 def test_the_kubernetes_manifest_starts_a_cluster_that_does_the_work(here, tmp_path):
     folder, environment = here
     job = yaml.safe_load(block("yaml"))

@@ -30,7 +30,7 @@ def test_the_demo_makes_slides_scores_them_and_draws_their_maps(tmp_path, capsys
     assert len(list(tmp_path.glob("demo-*.tif"))) == 3
 
 
-def test_the_demos_pen_is_not_kept_as_tissue(tmp_path):
+def test_the_demos_pen_is_not_kept_as_tissue_and_a_second_demo_goes_on(tmp_path, capsys):
     run_demo(tmp_path, Console(verbosity=-1))
     slide = open_store(tmp_path / "tiles.zarr").slide("demo-pen")
     thumbnail = slide.thumbnail.astype(int)
@@ -38,10 +38,6 @@ def test_the_demos_pen_is_not_kept_as_tissue(tmp_path):
     blue = (thumbnail[..., 2] > thumbnail[..., 0] + 60) & (thumbnail[..., 0] < 90)
     assert blue.sum() > 500
     assert mask[blue].mean() < 0.02
-
-
-def test_a_second_demo_in_the_same_place_goes_on(tmp_path, capsys):
-    run_demo(tmp_path, Console())
     run_demo(tmp_path, Console())
     assert "nothing to do, 2 slides are up to date" in capsys.readouterr().out
 

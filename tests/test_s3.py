@@ -283,7 +283,7 @@ def test_requests_of_a_slide_are_few_and_known(here, objects, bundle, tmp_path, 
             counts[name].append(kinds(objects.requests()[before:]))
     most = {
         "extract": {"PUT": 19, "GET": 25, "LIST": 2, "DELETE": 3},
-        "infer": {"PUT": 6, "GET": 19, "LIST": 2, "DELETE": 2},
+        "infer": {"PUT": 6, "GET": 23, "LIST": 2, "DELETE": 2},
         "extract again": {"GET": 1},
         "infer again": {"GET": 2},
         "status": {"GET": 2},

@@ -354,7 +354,8 @@ def contents(store) -> dict[str, object]:
             found[name] = file.read_bytes()
             if name.endswith("/zarr.json"):
                 document = json.loads(found[name])
-                document.get("attributes", {}).pop("attempt", None)
+                for own in ("attempt", "committed"):
+                    document.get("attributes", {}).pop(own, None)
                 found[name] = document
     return found
 
