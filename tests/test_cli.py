@@ -290,6 +290,9 @@ def test_info_says_what_a_slide_is(wsi_idc, slides):
 
     assert min(Image.open(slides.parent / "p.png").size) > 500  # a small slide comes out large enough to see
     assert wsi_idc("info", "a.tif", "--preview", "no/p.png", cwd=slides.parent).returncode == 2
+    before = (slides.parent / "a.tif").read_bytes()
+    done = wsi_idc("info", "a.tif", "--preview", "../" + slides.parent.name + "/a.tif", cwd=slides.parent)
+    assert done.returncode == 2 and "is the slide" in done.stderr and (slides.parent / "a.tif").read_bytes() == before
     assert wsi_idc("info", "manifest.csv", cwd=slides.parent).returncode == 1
 
 

@@ -116,6 +116,7 @@ def test_variables_of_others_are_left_alone():
         "WSI_IDC_PORT_8080_TCP": "x",
         "WSI_IDC_SERVICE_HOST": "10.0.0.1",
         "WSI_IDC_DEBUG": "1",
+        "WSI_IDC_MODELS": "models",
         "WSI_IDC_STORE": "",
     }
     assert in_force(environment=others).store == "tiles.zarr"

@@ -22,7 +22,7 @@ def store(slides, bundle, recorder):
 
 
 def test_the_only_model_is_meant_and_of_several_one_must_be_named(store, bundle, make, recorder, tmp_path):
-    assert choose_model(store, None) == Choice("mean")
+    assert choose_model(store, None).model == "mean"
     assert choose_model(store, str(bundle)).needs
     other = make.write_bundle(tmp_path / "other", name="other")
     with pytest.raises(UsageError, match="no maps by other"):

@@ -172,6 +172,11 @@ def test_where_no_slide_has_tiles_there_is_the_page_alone(night):
         (["--model", "none"], "no bundle.json"),
         (["--workers", "2", "--scheduler", "tcp://127.0.0.1:1"], "--workers: cannot go with --scheduler"),
         (["--store", "a.tif"], "a.tif: not a tile store"),
+        (["--store", ""], "store"),
+        (["--summary", "manifest.csv"], "manifest.csv: is another file, which would be lost"),
+        (["--metrics", "a.tif"], "a.tif: is another file, which would be lost"),
+        (["--summary", "/dev/null"], "/dev/null: is no plain file"),
+        (["--summary", "x.txt", "--metrics", "x.txt"], "x.txt: two outputs are to be written there"),
     ],
 )
 def test_what_cannot_be_is_told_before_the_first_slide(night, capsys, arguments, message):

@@ -102,7 +102,9 @@ def test_every_slide_is_listed_and_one_without_a_map_says_why(client):
     page = get(client, "/").text
     assert "href='/slides/a/'" in page and "not extracted (" in page and "Research use only" in page
     assert "not extracted" in get(client, "/slides/broken/", status=404).text
-    assert "&lt;b&gt;" in get(client, "/slides/<b>/", status=404).text
+    for odd in ("<b>", "%00", "x" * 3000):
+        answer = get(client, f"/slides/{odd}/", status=404).text
+        assert "no such slide" in answer and "<b>" not in answer and len(answer) < 2000
 
 
 def test_a_page_of_another_site_gets_nothing(client):
@@ -210,4 +212,22 @@ def test_what_hinders_is_one_line(store, wsi_idc):
         result = wsi_idc("view", "--store", store.address, "--port", taken.getsockname()[1])
     assert result.returncode == 2 and "cannot be had" in result.stderr and len(result.stderr.splitlines()) == 1
     result = wsi_idc("view", "c", "--store", store.address)
-    assert result.returncode == 2 and result.stderr.startswith("wsi-idc: c: not extracted")
+    assert result.returncode == 2 and result.stderr.startswith("wsi-idc: c: no such slide in the store")
+
+
+def test_a_class_that_is_markup_is_text(browser, slides, make, tmp_path, recorder):
+    name = "<img src=x onerror=alert(1)>"
+    bundle = make.write_bundle(tmp_path / "odd", classes=["non", name])
+    extract(read_manifest(slides), tmp_path / "t.zarr", ExtractSettings(), listener=recorder)
+    infer(tmp_path / "t.zarr", read_bundle(bundle), InferSettings(), only=["a"], listener=recorder)
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    said = []
+    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+    with shown(open_store(tmp_path / "t.zarr"), Choice("mean")) as url:
+        page.goto(f"{url}slides/a/")
+        page.wait_for_function("Bokeh.documents.length && Bokeh.documents[0].is_idle")
+        for x in range(500, 1100, 60):
+            page.mouse.move(x, 400)
+        page.wait_for_load_state("networkidle")
+        assert page.evaluate("document.querySelectorAll('img[src=x]').length") == 0
+    assert not said

@@ -17,6 +17,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from wsi_idc import USE
 from wsi_idc.errors import AnnotationError, system_advice
 from wsi_idc.grid import Grid
 
@@ -142,12 +143,19 @@ def read_regions(annotation: Path) -> list[Region]:
         return _repair(list(reader(data)))
     except _FormatError as error:
         raise AnnotationError(annotation, str(error), "export it again as QuPath GeoJSON or ASAP XML") from error
+    except _OwnError as error:
+        advice = "unlock in QuPath what you have corrected, delete the others, and export again"
+        raise AnnotationError(annotation, str(error), advice) from error
     except RecursionError as error:
         raise AnnotationError(annotation, "is nested too deeply", "export it again") from error
 
 
 class _FormatError(ValueError):
     """What is wrong with an annotation's content."""
+
+
+class _OwnError(ValueError):
+    """An annotation that no person made."""
 
 
 def _suffix(annotation: Path) -> str:
@@ -326,6 +334,9 @@ def _geojson_regions(data: bytes) -> Iterator[Region]:
             properties = properties if isinstance(properties, dict) else {}
             if properties.get("objectType") in _DETECTED:
                 continue
+            about = properties.get("metadata")
+            if properties.get("isLocked") is True and isinstance(about, dict) and about.get("use") == USE:
+                raise _OwnError("has regions as wsi-idc exported them: a model would be judged by its own answers")
             name = properties.get("name")
             yield Region(_qupath_class(properties), name.strip() if isinstance(name, str) else "", polygons)
 

@@ -198,6 +198,8 @@ def score(
     from wsi_idc.work.cut import find_tissue
     from wsi_idc.work.score import map_arrays
 
+    if threads < 1:
+        raise ValueError(f"threads is {threads}: give 1 or more")
     model = load_model() if model is None else model
     side, mpp = model.fields.tile.size_px, model.fields.tile.mpp
     spec = TileSpec(size_px=side, mpp=mpp, stride_px=TilePx(side if stride_px is None else stride_px), last=last)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tomllib import TOMLDecodeError
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import ValidationError, create_model
+from pydantic import Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -43,7 +43,7 @@ FILE = "wsi-idc.toml"
 PREFIX = "WSI_IDC_"
 FILE_VARIABLE = f"{PREFIX}CONFIG"
 """Names the file where none is named on the command line."""
-_NO_SETTINGS = (FILE_VARIABLE, f"{PREFIX}DEBUG")
+_NO_SETTINGS = (FILE_VARIABLE, f"{PREFIX}DEBUG", f"{PREFIX}MODELS", f"{PREFIX}DATA")
 
 _TILE = {"tile_size": "size_px", "mpp": "mpp", "stride": "stride_px", "last": "last"}
 """Option -> field of `TileSpec`."""
@@ -92,7 +92,7 @@ class _Joined(BaseSettings):
     """All settings, of all sources; its fields are `_TOP`, and by `in_force` the `SECTIONS`."""
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True)
-    store: str = "tiles.zarr"
+    store: Annotated[str, Field(min_length=1)] = "tiles.zarr"
     model: str = ""
     others: ClassVar[list[dict[str, Any]]] = []
     """What each source but the first says, the stronger ones first."""
@@ -313,7 +313,8 @@ def _read_file(path: Path, faults: list[str]) -> dict[str, tuple[str, Any]]:
             continue
         for key, (shown, part) in found.items():
             if key in KEYS or key in _SHARED:
-                said[key] = shown, _beside(path.parent, key, part)
+                # As a variable says it: a number that is `true` is refused in both.
+                said[key] = shown, _beside(path.parent, key, str(part).lower() if isinstance(part, bool) else part)
             else:
                 faults.append(f"{shown}: no such setting; {_advice(key)}")
     return said

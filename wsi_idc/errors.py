@@ -34,6 +34,9 @@ _ADVICE = {
     errno.EINVAL: "give a file or a folder",
     errno.EIO: "the disk or the network failed: try again, then check them",
     errno.ESTALE: "the file server lost it: try again",
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room on the disk",
+    errno.EROFS: "choose another place",
     errno.ENOMEM: "use fewer threads or workers",
     errno.EMFILE: "use fewer threads or workers, or raise the limit (ulimit -n)",
 }

@@ -65,6 +65,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(before, ignore_errors=True)
 
 
+def starts_otherwise(path: Path, beginning: bytes) -> str:
+    """Why a file must not be replaced by one that begins so; "" where nothing is there, or such a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not path.exists():
+        return ""
+    if not path.is_file():
+        return "is no plain file"
+    with path.open("rb") as stream:
+        found = stream.read(len(beginning))
+    return "" if found in (b"", beginning) else "is another file, which would be lost"
+
+
 def flush_folder(folder: Path) -> None:
     """Make the names in a folder outlive a power cut, where the system can (Windows cannot)."""
     if os.name == "nt":

@@ -61,6 +61,8 @@ def describe_slide(source: Source, mpp: Mpp | None, settings: ExtractSettings, p
     if preview is not None:
         from wsi_idc.export.pictures import draw_preview
 
+        if preview.exists() and isinstance(source, Path) and source.exists() and preview.samefile(source):
+            raise UsageError(preview, "is the slide", "name another file with --preview")
         words = preview_lines(fields)
         try:
             draw_preview(PurePosixPath(fields["path"]).name, words, thumbnail, mask, grid, cells, preview)

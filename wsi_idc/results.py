@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc.errors import StoreDamageError, UsageError
-from wsi_idc.model.bundle import of_class, read_bundle
+from wsi_idc.model.bundle import SHIPPED, of_class, read_bundle
 from wsi_idc.store import Store, StoredSlide
 from wsi_idc.store.map import StoredMap
 
@@ -50,9 +50,9 @@ def choose_model(store: Store, model: str | None) -> Choice:
     if model is None:
         if len(names) > 1:
             raise UsageError("--model", f"the store has maps by {', '.join(names)}", "name one of them with --model")
-        return Choice(names[0])
+        return Choice(names[0], needs_of(names[0]))
     if model in names:
-        return Choice(model)
+        return Choice(model, needs_of(model))
     if not Path(model).is_dir():
         raise UsageError("--model", f"no maps by {model!r}", f"the store has maps by {', '.join(names)}")
     bundle = read_bundle(Path(model))
@@ -60,6 +60,12 @@ def choose_model(store: Store, model: str | None) -> Choice:
         problem = f"the store has no maps by {bundle.fields.name}, only by {', '.join(names)}"
         raise UsageError("--model", problem, "run wsi-idc infer with that model first")
     return Choice(bundle.fields.name, [bundle.made_from(form) for form in bundle.forms()])
+
+
+def needs_of(model: str) -> list[dict[str, Any]]:
+    """What the forms of the model that ships make maps from, where that is the name; nothing is known of others."""
+    bundle = read_bundle(SHIPPED)
+    return [bundle.made_from(form) for form in bundle.forms()] if model == bundle.fields.name else []
 
 
 @dataclass(frozen=True)

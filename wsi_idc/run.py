@@ -16,7 +16,8 @@ from pathlib import Path
 from wsi_idc import USE, __version__
 from wsi_idc.config import InForce
 from wsi_idc.console import columns, counts, duration, printable
-from wsi_idc.errors import UsageError, WsiIdcError
+from wsi_idc.errors import UsageError, WsiIdcError, system_reason
+from wsi_idc.files import starts_otherwise
 from wsi_idc.plan import Plan
 from wsi_idc.settings import ReportSettings
 from wsi_idc.work.jobs import Listener, Outcome, Summary
@@ -223,13 +224,23 @@ def check_outputs(settings: InForce) -> None:
     Raises:
         UsageError: one cannot.
     """
-    for path in (settings.run.metrics, settings.run.summary, settings.report.out):
-        _check_file(path)
+    from wsi_idc.report import BEGINNING
+
+    beginnings = {
+        settings.run.metrics: b"# HELP wsi_idc_",
+        settings.run.summary: b"wsi-idc run of ",
+        settings.report.out: BEGINNING,
+    }
+    files = [path.absolute() for path in (*beginnings, settings.run.log_file) if path is not None]
+    if twice := next((path for path in files if files.count(path) > 1), None):
+        raise UsageError(twice, "two outputs are to be written there", "name a file for each")
+    for path, beginning in beginnings.items():
+        _check_file(path, beginning)
     _check_folder(settings.export.out)
 
 
-def _check_file(path: Path | None) -> None:
-    """Refuse a file that cannot be written in the end.
+def _check_file(path: Path | None, beginning: bytes) -> None:
+    """Refuse a file that cannot be written in the end, and one that is something else and would be lost.
 
     Raises:
         UsageError: it cannot.
@@ -242,6 +253,12 @@ def _check_file(path: Path | None) -> None:
         raise UsageError(path, "its folder is not there", "make it, or name another file")
     if not os.access(path.absolute().parent, os.W_OK):
         raise UsageError(path, "cannot be written", "check the rights of its folder")
+    try:
+        why = starts_otherwise(path, beginning)
+    except OSError as error:
+        raise UsageError(path, f"cannot be read ({system_reason(error)})", "name another file") from error
+    if why:
+        raise UsageError(path, why, "name another file")
 
 
 def _check_folder(path: Path) -> None:

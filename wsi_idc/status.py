@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from wsi_idc.errors import StoreDamageError
 from wsi_idc.flags import flags, of_record
+from wsi_idc.results import needs_of
 from wsi_idc.store import Holding, MapState, Store, StoredMap, StoredSlide, at_once, open_store
 
 MapKind = Literal["none", "failed", "stale", "current"]
@@ -173,11 +174,14 @@ def store_state(address: str | Path, listed: Sequence[str] | None = None) -> Sto
     models, stored = store.models(), store.all_slide_ids()
     known = set(listed or ())
     names = stored if listed is None else [*listed, *(name for name in stored if name not in known)]
-    states = at_once(lambda name: _state(store, name, models, None if listed is None else name in known), names)
+    needs = {model: needs_of(model) for model in models}
+    states = at_once(lambda name: _state(store, name, needs, None if listed is None else name in known), names)
     return StoreState(states, models, store.holding)
 
 
-def _state(store: Store, name: str, models: Sequence[str], listed: bool | None) -> SlideState:
+def _state(
+    store: Store, name: str, needs: Mapping[str, Sequence[Mapping[str, Any]]], listed: bool | None
+) -> SlideState:
     try:
         record, slide = store.look(name)
     except StoreDamageError as error:
@@ -185,8 +189,8 @@ def _state(store: Store, name: str, models: Sequence[str], listed: bool | None) 
     if slide is None:
         extracted: Literal["failed", "no"] = "failed" if record.trouble else "no"
         return SlideState(name, extracted, trouble=record.failed or record.trouble, listed=listed)
-    stored = {model: store.map(model, name) for model in models}
-    states = {model: found.state(slide) for model, found in stored.items()}
+    stored = {model: store.map(model, name) for model in needs}
+    states = {model: found.state(slide, needs[model]) for model, found in stored.items()}
     maps = {model: state for model, state in states.items() if state.kind != "none"}
     told = record.attributes.get("warnings")
     warnings = tuple(map(str, told)) if isinstance(told, list) else ()

@@ -279,6 +279,15 @@ def _begun(store: Store, node: Node, slide: str, model: str) -> Finding:
     return Finding("begun", node.path, "begun, and never finished: a run was killed", slide, model)
 
 
+_ARRAYS = frozenset(
+    [
+        *("tiles", "position", "cell", "tissue", "idc", "blur", "pen", "thumbnail", "tissue_mask"),
+        *("0", "probability", "alone"),
+    ]
+)
+"""Names of arrays that a group can have: what lies elsewhere is somebody else's, and is left alone."""
+
+
 def _leftovers(node: Node, keys: Sequence[str], known: dict[str, Any], slide: str, model: str) -> list[Finding]:
     """Files of a group that are no part of an array that its record names."""
     named = {f"{node.path}/{name}/zarr.json" for name in known}
@@ -297,7 +306,9 @@ def _leftovers(node: Node, keys: Sequence[str], known: dict[str, Any], slide: st
     for key in sorted(set(keys) - named):
         # In an object store an object can have the name of what others lie below, and would be removed with them.
         below = any(other.startswith(f"{key}/") for other in named)
-        kind: Kind = "note" if below else "leftover"
+        array, _, rest = key.removeprefix(f"{node.path}/").partition("/")
+        ours = key.endswith(".part") or (bool(rest) and array in _ARRAYS)
+        kind: Kind = "leftover" if ours and not below else "note"
         found.append(Finding(kind, key, "no record names it", slide, model))
     return found
 

@@ -9,7 +9,12 @@ from filelock import FileLock
 
 from wsi_idc.errors import StoreBusyError, UsageError
 from wsi_idc.export.export import FORMATS, export, format_of
-from wsi_idc.settings import ExportSettings
+from wsi_idc.extract import extract
+from wsi_idc.infer import infer
+from wsi_idc.manifest import read_manifest
+from wsi_idc.model.bundle import read_bundle
+from wsi_idc.settings import ExportSettings, ExtractSettings, InferSettings
+from wsi_idc.store import hold_store
 
 
 @pytest.fixture
@@ -131,3 +136,60 @@ def test_every_format_names_its_suffix_and_version():
     for name in FORMATS:
         module = format_of(name)
         assert module.SUFFIX.startswith(".") and module.VERSION >= 1
+
+
+def test_files_that_no_current_map_stands_behind_are_named(store, run, out, slides):
+    run("csv", "parquet")
+    slides.write_text("path,patient_id,site\na.tif,p1,north\n")
+    with hold_store(store.address) as held:
+        held.backing.delete("slides/b")
+    summary = run("csv")
+    assert "2 files there are of no current map, or of other settings (csv/b.csv, parquet/b.parquet)" in " ".join(
+        summary.notes
+    )
+    summary = run("csv", threshold=0.9)
+    assert any("3 files" in note and "parquet/a.parquet" in note for note in summary.notes)
+    for path in ("csv/b.csv", "parquet/b.parquet"):
+        (out / path).unlink()
+    assert not any("no current map" in note for note in run("csv", "parquet", threshold=0.9).notes)
+
+
+def test_what_was_done_before_an_interrupt_is_not_done_again(run, out, recorder, monkeypatch):
+    from wsi_idc.export import export as module
+
+    monkeypatch.setattr(module, "WRITE_S", -1.0)
+    write = module._write_one
+
+    def interrupted(result, *arguments):
+        if result.slide_id == "b":
+            raise KeyboardInterrupt
+        return write(result, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_write_one", interrupted)
+        # Killed: nothing is put in order at the end.
+        patched.setattr(module._Index, "write", lambda index: None)
+        with pytest.raises(KeyboardInterrupt):
+            run("csv")
+    assert not (out / "exported.json").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_write_one", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("csv")
+    assert json.loads((out / "exported.json").read_text()).keys() == {"a"}
+    assert list(run("csv").outcomes) == ["b"]
+
+
+def test_a_refused_export_leaves_nothing(run, out):
+    with pytest.raises(UsageError, match="no such slide"):
+        run("csv", only=["zz"])
+    assert not out.exists()
+
+
+def test_a_model_without_a_positive_class_is_left_out_and_fails_no_night(slides, make, tmp_path, recorder, out):
+    bundle = make.write_bundle(tmp_path / "several", name="several", outputs=3, classes=["x", "y", "z"])
+    path = tmp_path / "other.zarr"
+    extract(read_manifest(slides), path, ExtractSettings(), listener=recorder)
+    infer(path, read_bundle(bundle), InferSettings(), listener=recorder)
+    summary = export(path, None, ExportSettings(out=out), listener=recorder)
+    assert not summary.failures and any("none of them positive: 2 slides left out" in note for note in summary.notes)

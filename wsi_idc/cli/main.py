@@ -24,7 +24,7 @@ from wsi_idc.cli.infer import infer
 from wsi_idc.cli.info import info
 from wsi_idc.cli.manifest import make_manifest
 from wsi_idc.cli.model import app as model
-from wsi_idc.cli.options import current_console, tell_interrupted
+from wsi_idc.cli.options import console_for, current_console, tell_interrupted
 from wsi_idc.cli.prune import prune
 from wsi_idc.cli.report import report
 from wsi_idc.cli.run import run
@@ -94,6 +94,8 @@ def _interrupted(number: int, _: FrameType | None) -> NoReturn:
 
 def main(arguments: list[str] | None = None) -> Any:
     """The console script."""
+    # What is wrong with the settings is found before a command has made its own.
+    console_for(json_lines="--json" in (sys.argv[1:] if arguments is None else arguments))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupted)
     try:

@@ -154,11 +154,11 @@ def _write(console: Console, settings: "RunSettings", night: "Night") -> bool:
     from wsi_idc.run import metrics_text, summary_text
 
     well = True
-    for path, content in ((settings.metrics, metrics_text(night)), (settings.summary, summary_text(night))):
+    for path, text_of in ((settings.metrics, metrics_text), (settings.summary, summary_text)):
         if path is None:
             continue
         try:
-            write_whole(path, content.encode())
+            write_whole(path, text_of(night).encode(errors="backslashreplace"))
         except OSError as error:
             console.trouble(f"wsi-idc: {path}: cannot be written ({system_reason(error)})")
             well = False

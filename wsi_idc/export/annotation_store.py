@@ -1,5 +1,6 @@
 """The tiles as a database of tiatoolbox (SQLiteStore), which `tiatoolbox visualize` lays over the slide."""
 
+import errno
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -35,12 +36,16 @@ def write(result: Result, path: Path) -> list[str]:
         known = {name: value for name, value in values.items() if value == value}
         annotations.append(Annotation(box, {"type": names[bool(positive[number])], **known}))
     keys = [f"{row}-{column}" for row, column in result.cell.tolist()]
-    store = _new_store(path)
     try:
-        store.append_many(annotations, keys)
-        store.commit()
-    finally:
-        store.close()
+        store = _new_store(path)
+        try:
+            store.append_many(annotations, keys)
+            store.commit()
+        finally:
+            store.close()
+    except sqlite3.Error as error:
+        # It says of a full disk, too, only in its own words.
+        raise OSError(errno.EIO, f"the database cannot be written: {error}") from error
     return []
 
 

@@ -39,6 +39,10 @@ from wsi_idc.store import open_store
 from wsi_idc.work.jobs import Listener, Outcome, Summary
 
 INDEX = "exported.json"
+WRITE_S = 5.0
+"""Seconds after which what was done is noted down."""
+_NAMED = 5
+"""Files that a note names."""
 
 
 class Format(Protocol):
@@ -129,6 +133,8 @@ def export(
     choice = choose_model(store, model)
     whole = not only
     names = [name for name in store.all_slide_ids() if (whole or name in only) and (listed is None or name in listed)]
+    if unknown := sorted(set(only) - set(names)) if listed is None else []:
+        raise UsageError(f"--only {unknown[0]}", "no such slide in the store", "wsi-idc status lists them")
     told = listener(names)
     plans: dict[str, Plan] = {}
     outcomes: dict[str, Outcome] = {}
@@ -137,12 +143,17 @@ def export(
     with _held(settings.out):
         index = _Index(settings.out)
         rows = []
+        needs: dict[str, dict[str, Any]] = {}
         try:
             chosen = only if listed is None else names
             for found in look_at_all(store, choice, chosen, settings.threshold) if chosen or listed is None else ():
                 name = found.slide_id
+                index.write_now_and_then()
                 if isinstance(found, Absent):
                     rows.append(_absent_row(found, choice))
+                    if found.kind == "no positive class":
+                        left_out[f"{found.kind}: {found.why}"] += 1
+                        continue
                     if found.kind == "not extracted":
                         untiled += 1
                         continue
@@ -150,6 +161,7 @@ def export(
                     outcomes[name] = Outcome("failed", reason=str(found) + index.left_behind(name))
                     told.ended(name, outcomes[name])
                     continue
+                needs[name] = _made_from(found)
                 kinds = []
                 for kind in settings.formats:
                     if why := lacks(kind, found):
@@ -164,6 +176,8 @@ def export(
                     outcomes[name] = outcome
                     told.ended(name, outcome)
             notes = _write_slides(settings, rows, whole=whole)
+            if whole:
+                notes += _left_behind(index, needs, outcomes)
         finally:
             index.write()
     notes += [f"{why}: {count} slide{'s' if count != 1 else ''} left out" for why, count in left_out.items()]
@@ -172,6 +186,30 @@ def export(
             f"{untiled} slide{'s' if untiled != 1 else ''} without complete tiles left out: see wsi-idc status"
         )
     return Summary(plans, outcomes, time.monotonic() - start, tuple(notes))
+
+
+def _left_behind(index: "_Index", needs: Mapping[str, Mapping[str, Any]], outcomes: Mapping[str, Outcome]) -> list[str]:
+    """A note on files that no current map stands behind, or one of other settings than this run's.
+
+    Args:
+        index: what the folder holds.
+        needs: slide id -> what its files would be made from now; none of a slide without a current map.
+        outcomes: those that failed have said so already.
+    """
+    old = [
+        file
+        for name, kind, file in index.files()
+        if (name not in outcomes or outcomes[name].status == "done")
+        and index.made_from(name, kind) != {**needs.get(name, {}), "format": format_of(kind).VERSION}
+    ]
+    if not old:
+        return []
+    shown = ", ".join(old[:_NAMED]) + (", ..." if len(old) > _NAMED else "")
+    one = len(old) == 1
+    return [
+        f"{len(old):,} file{'' if one else 's'} there {'is' if one else 'are'} of no current map, or of other settings "
+        f"({shown}): export {'its format' if one else 'their formats'} again, or delete {'it' if one else 'them'}"
+    ]
 
 
 def _one_slide(
@@ -302,6 +340,7 @@ class _Index:
         except (OSError, ValueError, RecursionError):
             found = {}
         self._slides: dict[str, Any] = found if isinstance(found, dict) else {}
+        self._written = time.monotonic()
 
     def _entry(self, name: str, kind: str) -> dict[str, Any]:
         slide = self._slides.get(name)
@@ -348,10 +387,23 @@ class _Index:
         kinds = [kind for kind in FORMATS if self.made_from(name, kind) is not None]
         return f"; what {' and '.join(kinds)} have of it is of an older map" if kinds else ""
 
+    def files(self) -> Iterator[tuple[str, ExportFormat, str]]:
+        """Slide, format and name of every file that is there as it was written."""
+        for name in sorted(self._slides):
+            for kind in FORMATS:
+                if self.made_from(name, kind) is not None:
+                    yield name, kind, f"{kind}/{self._entry(name, kind)['file']}"
+
+    def write_now_and_then(self) -> None:
+        """Put it in its place every few seconds: what a run has done that is interrupted is not done again."""
+        if time.monotonic() - self._written > WRITE_S:
+            self.write()
+
     def write(self) -> None:
         """Put it in its place."""
         with _writing(self.out / INDEX):
             write_whole(self.out / INDEX, json.dumps(self._slides).encode())
+        self._written = time.monotonic()
 
 
 def _stamp(path: Path) -> list[int]:

@@ -123,7 +123,7 @@ def draw_result(result: Result, out: Path) -> None:
         panels += [_Panel("map", None, over(1.0), lines), _Panel("overlay", thumbnail, over(OVER), lines)]
     made = str(result.map.attributes.get("committed") or "")
     told = [
-        f"P({name}) by {_shown(result.model)}{_shown(f', made {made}') if made else ''}; the map is current",
+        f"P({name}) by {_shown(result.model)}{_shown(f', made {made}') if made else ''}; current when drawn",
         f"{_tiles(measures.tiles)} of {slide.spec}; tissue {_area(measures.tissue_mm2)}"
         + (
             f", of it {name} {_area(measures.idc_mm2)} ({measures.idc_part:.0%})"

@@ -14,7 +14,7 @@ from typing import Any
 
 from wsi_idc import __version__
 from wsi_idc.errors import UsageError
-from wsi_idc.files import write_whole
+from wsi_idc.files import starts_otherwise, write_whole
 from wsi_idc.model.bundle import SHIPPED, LoadedBundle, read_bundle
 from wsi_idc.report.entry import Entry, entry
 from wsi_idc.report.judged import Judged, judge
@@ -24,6 +24,8 @@ from wsi_idc.results import Choice, Result, choose_model, look_at_all
 from wsi_idc.store import Store, open_store
 from wsi_idc.work.jobs import Listener, Outcome
 
+BEGINNING = b"<!doctype html>"
+"""Of a page: no other file is replaced by one."""
 MAX_CARD = 200_000
 """Characters of a model's card that are shown."""
 
@@ -144,6 +146,8 @@ def _try_writing(out: Path) -> None:
     if out.is_dir():
         raise UsageError(out, "is a folder", "give the page's file with --out")
     with writing(out):
+        if why := starts_otherwise(out, BEGINNING):
+            raise UsageError(out, why, "name another file with --out")
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
             pass

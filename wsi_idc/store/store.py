@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wsi_idc.errors import ObjectsError, StoreBusyError, StoreError, system_reason
+from wsi_idc.names import check_slide_id
 from wsi_idc.store.backing import LEASE, Backing, Holding, Lease, backing_at, holds
 from wsi_idc.store.map import StoredMap
 from wsi_idc.store.node import FORMAT, Node, Record, group_document
@@ -113,8 +114,8 @@ class Store:
         return self._node(f"maps/{model}/{slide_id}", "wsi-idc infer")
 
     def all_slide_ids(self) -> list[str]:
-        """Every slide that was ever tried."""
-        return self.backing.folders("slides")
+        """Every slide that was ever tried; a folder whose name no slide can have is somebody else's."""
+        return [name for name in self.backing.folders("slides") if check_slide_id(name) is None]
 
     def slide_ids(self) -> list[str]:
         """Every slide whose tiles are complete."""
@@ -124,7 +125,7 @@ class Store:
 
     def models(self) -> list[str]:
         """Every model with a map in the store."""
-        return self.backing.folders("maps")
+        return [name for name in self.backing.folders("maps") if check_slide_id(name) is None]
 
     def look(self, slide_id: str) -> tuple[Record, StoredSlide | None]:
         """A slide's record, and its tiles where they are complete: by one read.

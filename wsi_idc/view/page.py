@@ -221,7 +221,7 @@ def page(result: Result, pixels: Pixels) -> str:
         source=regions,
         columns=[
             TableColumn(field="number", title="#", width=30),
-            TableColumn(field="mean", title=f"mean {what}", formatter=NumberFormatter(format="0.000")),
+            TableColumn(field="mean", title=f"mean {escape(what)}", formatter=NumberFormatter(format="0.000")),
             TableColumn(field="mm2", title="mm²", formatter=NumberFormatter(format="0.000")),
         ],
         index_position=None,
@@ -241,9 +241,8 @@ def page(result: Result, pixels: Pixels) -> str:
     threshold.js_on_change("value_throttled", ask)
     only.js_on_change("active", mask)
     geometry = {"pitch_x": pitch, "pitch_y": pitch, "rows": rows, "columns": columns}
-    plot.js_on_event(
-        "mousemove", CustomJS(args={**geometry, "known": known, "pointer": pointer, "what": what}, code=_POINTER)
-    )
+    told = {**geometry, "known": known, "pointer": pointer, "what": escape(what)}
+    plot.js_on_event("mousemove", CustomJS(args=told, code=_POINTER))
     regions.selected.js_on_change(
         "indices", CustomJS(args={"regions": regions, "figure": plot, "pitch_x": pitch}, code=_JUMP)
     )

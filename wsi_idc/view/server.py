@@ -12,6 +12,7 @@ from urllib.parse import quote, urlsplit
 from wsi_idc import USE
 from wsi_idc.console import printable
 from wsi_idc.errors import UsageError, WsiIdcError, system_reason
+from wsi_idc.names import MAX_ID_BYTES, check_slide_id
 from wsi_idc.results import Absent, Choice, Result, look, require
 from wsi_idc.store import Store, at_once
 
@@ -51,6 +52,9 @@ class Views:
         Raises:
             UsageError: there is none.
         """
+        if check_slide_id(slide_id) or slide_id not in self.store.all_slide_ids():
+            shown = slide_id if len(slide_id) <= MAX_ID_BYTES else f"{slide_id[:MAX_ID_BYTES]}..."
+            raise UsageError(shown, "no such slide in the store", "wsi-idc status lists them")
         found = look(self.store, self.choice, slide_id, self.threshold if threshold is None else threshold)
         return require(found, self.choice.model)
 
