@@ -226,15 +226,15 @@ def check_outputs(settings: InForce) -> None:
     """
     from wsi_idc.report import BEGINNING
 
-    beginnings = {
-        settings.run.metrics: b"# HELP wsi_idc_",
-        settings.run.summary: b"wsi-idc run of ",
-        settings.report.out: BEGINNING,
-    }
-    files = [path.absolute() for path in (*beginnings, settings.run.log_file) if path is not None]
+    outputs = [
+        (settings.run.metrics, b"# HELP wsi_idc_"),
+        (settings.run.summary, b"wsi-idc run of "),
+        (settings.report.out, BEGINNING),
+    ]
+    files = [path.absolute() for path in (settings.run.log_file, *(path for path, _ in outputs)) if path is not None]
     if twice := next((path for path in files if files.count(path) > 1), None):
         raise UsageError(twice, "two outputs are to be written there", "name a file for each")
-    for path, beginning in beginnings.items():
+    for path, beginning in outputs:
         _check_file(path, beginning)
     _check_folder(settings.export.out)
 

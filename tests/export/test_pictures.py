@@ -69,7 +69,7 @@ def test_a_map_is_drawn_beside_and_over_its_slide(store, tmp_path, said):
     for other, own in ((map_, TISSUE), (both, TISSUE), (both, colour)):
         assert share(other, own, 12) < 0.02
     words = "\n".join(said)
-    for expected in ("a\n", "P(IDC) by mean", "the map is current", "threshold 0.5", "Research use only", "500 um"):
+    for expected in ("a\n", "P(IDC) by mean", "current when drawn", "threshold 0.5", "Research use only", "500 um"):
         assert expected in words
     assert f"{result.measures.positive} of {result.measures.tiles} tiles at or above the threshold" in words
     assert "annotat" not in words

@@ -368,6 +368,6 @@ def test_the_model_that_ships_is_at_hand_by_its_files_and_not_by_its_name(kinds,
     named = make.write_bundle(tmp_path / "named", name="idc-resnet50")
     shutil.copytree(kinds / "tiles.zarr", tmp_path / "tiles.zarr")
     infer(tmp_path / "tiles.zarr", read_bundle(named), InferSettings(), only=["a"], listener=recorder)
-    assert choose_model(open_store(tmp_path / "tiles.zarr"), "idc-resnet50") == Choice("idc-resnet50")
+    assert choose_model(open_store(tmp_path / "tiles.zarr"), "idc-resnet50").model == "idc-resnet50"
     text = write(tmp_path / "tiles.zarr", "idc-resnet50", tmp_path / "report.html").page.read_text()
     assert "not at hand: give the model" in Read(text).text
