@@ -260,7 +260,9 @@ def test_a_store_that_was_moved_is_still_whole(slides, recorder):
     assert open_store(slides.parent / "moved.zarr").slide("a").count == 24
 
 
-@pytest.mark.parametrize("patient", ["8863", "8865", "8867", "14082"])
+@pytest.mark.parametrize(
+    "patient", ["8863", "14082", *(pytest.param(patient, marks=pytest.mark.slow) for patient in ("8865", "8867"))]
+)
 def test_default_settings_keep_the_real_tissue(idc_slide, tmp_path, recorder, make, patient):
     place = idc_slide(patient)
     manifest = tmp_path / "m.csv"
