@@ -76,6 +76,15 @@ def test_slides_whose_files_are_away_stay_by_whatever_name_they_had(store, slide
     assert open_store(store).all_slide_ids() == ["b", "case.v2"]
 
 
+def test_what_is_somebody_elses_is_left_alone(store, slides):
+    others = [store / place / ".ipynb_checkpoints" / "x" for place in ("slides", "maps/mean")]
+    for file in others:
+        file.parent.mkdir(parents=True)
+        file.write_text("x")
+    assert prune(slides, "--store", store).exit_code == 0
+    assert open_store(store).all_slide_ids() == ["a"] and all(file.exists() for file in others)
+
+
 def test_a_store_that_a_run_holds_is_not_pruned(store, slides):
     with hold_store(store):
         assert prune(slides, "--store", store).exception.exit_code == 75

@@ -214,6 +214,7 @@ def test_a_folder_that_is_no_store_is_not_made_one(tmp_path, make):
 def test_what_no_record_names_is_told_and_removed_by_repair_but_never_what_is_somebody_elses(store, make):
     strays = ["slides/a/tiles/c/9/0/0/0", "maps/mean/b/alone/zarr.json", "slides/.zarr.json.1.part"]
     others = ["README.txt", "slides/.ipynb_checkpoints/x", "maps/notes.txt", "slides/a/notes.txt"]
+    others.append("maps/mean/.ipynb_checkpoints/x")
     for key in strays + others:
         (store / key).parent.mkdir(parents=True, exist_ok=True)
         (store / key).write_text("x")

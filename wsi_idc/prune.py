@@ -40,7 +40,7 @@ def plan_prune(store: Store, rows: Sequence[Row], *, force: bool = False) -> Pru
     if stored and not kept and not force:
         problem = f"none of the {len(stored):,} slides in {store.address} is in the manifest"
         raise UsageError("prune", problem, "is it the right one? --force removes them all")
-    maps = {model: _unlisted(store.backing.folders(f"maps/{model}"), listed) for model in store.models()}
+    maps = {model: _unlisted(store.mapped_slide_ids(model), listed) for model in store.models()}
     gone = sorted({*_unlisted(stored, listed), *(name for names in maps.values() for name in names)})
     return Pruned(gone, {model: names for model, names in maps.items() if names}, len(kept))
 

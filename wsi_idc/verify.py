@@ -151,7 +151,7 @@ def _models(store: Store, model: str) -> list[str]:
 
 def _names(store: Store, models: Sequence[str], only: Sequence[str]) -> list[str]:
     """The slides that are looked at, with those that only have a map."""
-    mapped = itertools.chain.from_iterable(store.backing.folders(f"maps/{model}") for model in models)
+    mapped = itertools.chain.from_iterable(store.mapped_slide_ids(model) for model in models)
     names = sorted({*store.all_slide_ids(), *mapped})
     if strange := sorted(set(only) - set(names)):
         raise UsageError(f"--only {strange[0]}", "no such slide in the store", "wsi-idc status lists them")

@@ -114,8 +114,12 @@ class Store:
         return self._node(f"maps/{model}/{slide_id}", "wsi-idc infer")
 
     def all_slide_ids(self) -> list[str]:
-        """Every slide that was ever tried; a folder whose name no slide can have is somebody else's."""
-        return [name for name in self.backing.folders("slides") if check_slide_id(name) is None]
+        """Every slide that was ever tried."""
+        return self._groups("slides")
+
+    def _groups(self, prefix: str) -> list[str]:
+        """Groups below a prefix; a folder whose name no slide or model can have is somebody else's."""
+        return [name for name in self.backing.folders(prefix) if check_slide_id(name) is None]
 
     def slide_ids(self) -> list[str]:
         """Every slide whose tiles are complete."""
@@ -125,7 +129,11 @@ class Store:
 
     def models(self) -> list[str]:
         """Every model with a map in the store."""
-        return [name for name in self.backing.folders("maps") if check_slide_id(name) is None]
+        return self._groups("maps")
+
+    def mapped_slide_ids(self, model: str) -> list[str]:
+        """Every slide with a map by a model, or an attempt at one; its tiles may be gone."""
+        return self._groups(f"maps/{model}")
 
     def look(self, slide_id: str) -> tuple[Record, StoredSlide | None]:
         """A slide's record, and its tiles where they are complete: by one read.
@@ -193,7 +201,7 @@ class Store:
         content = _DOCUMENTS.get(key)
         if content is None:
             model = key.split("/")[1]
-            records = at_once(lambda name: self.map_node(model, name).record(), self.backing.folders(f"maps/{model}"))
+            records = at_once(lambda name: self.map_node(model, name).record(), self.mapped_slide_ids(model))
             about = [record.attributes.get("model") for record in records if record.complete is not None]
             files = sorted({str(each["digest"]) for each in about if isinstance(each, dict) and "digest" in each})
             content = group_document({"model": model, "files": files} if files else {})
