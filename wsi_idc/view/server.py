@@ -52,22 +52,35 @@ class Views:
         Raises:
             UsageError: there is none.
         """
-        if check_slide_id(slide_id) or slide_id not in self.store.all_slide_ids():
-            shown = slide_id if len(slide_id) <= MAX_ID_BYTES else f"{slide_id[:MAX_ID_BYTES]}..."
-            raise UsageError(shown, "no such slide in the store", "wsi-idc status lists them")
+        self._check_id(slide_id)
         found = look(self.store, self.choice, slide_id, self.threshold if threshold is None else threshold)
+        # Asked only now: to list a store that lies far away takes time.
+        if isinstance(found, Absent) and slide_id not in self.store.all_slide_ids():
+            raise _unknown(slide_id)
         return require(found, self.choice.model)
 
-    def pixels(self, result: Result) -> "Pixels":
-        """Its pictures; opened anew where the slide was extracted again."""
+    def _check_id(self, slide_id: str) -> None:
+        """Refuse what can be no slide's: it names no place in the store."""
+        if check_slide_id(slide_id):
+            raise _unknown(slide_id if len(slide_id) <= MAX_ID_BYTES else f"{slide_id[:MAX_ID_BYTES]}...")
+
+    def pixels(self, slide_id: str) -> "Pixels":
+        """A slide's pictures, whether it has a map or not; opened anew where the slide was extracted again.
+
+        Raises:
+            StoreError: its tiles are not complete.
+            UsageError: there can be no such slide.
+        """
         from wsi_idc.view.pixels import Pixels
 
+        self._check_id(slide_id)
+        slide = self.store.slide(slide_id)
         with self._lock:
-            identity, pixels = self._open.get(result.slide_id, ("", None))
-            if pixels is None or identity != result.slide.identity:
-                pixels = Pixels(result.slide)
-                self._open[result.slide_id] = (result.slide.identity, pixels)
-            self._open.move_to_end(result.slide_id)
+            identity, pixels = self._open.get(slide_id, ("", None))
+            if pixels is None or identity != slide.identity:
+                pixels = Pixels(slide)
+                self._open[slide_id] = (slide.identity, pixels)
+            self._open.move_to_end(slide_id)
             # What is left is closed when nobody reads it any more: Python counts.
             while len(self._open) > _OPEN:
                 self._open.popitem(last=False)
@@ -76,6 +89,10 @@ class Views:
     def all(self) -> list[Result | Absent]:
         """Every slide of the store."""
         return at_once(lambda name: look(self.store, self.choice, name, self.threshold), self.store.all_slide_ids())
+
+
+def _unknown(slide_id: str) -> UsageError:
+    return UsageError(slide_id, "no such slide in the store", "wsi-idc status lists them")
 
 
 def make_app(views: Views, say: Callable[[str], None]) -> "Flask":
@@ -126,7 +143,7 @@ def make_app(views: Views, say: Callable[[str], None]) -> "Flask":
         from wsi_idc.view.page import page
 
         result = views.result(slide_id)
-        return page(result, views.pixels(result))
+        return page(result, views.pixels(slide_id))
 
     @app.get("/slides/<slide_id>/regions")
     def _regions(slide_id: str) -> Any:
@@ -139,7 +156,7 @@ def make_app(views: Views, say: Callable[[str], None]) -> "Flask":
 
     @app.get("/slides/<slide_id>/pictures/<int:zoom>/<int:column>/<int:row>.jpg")
     def _picture(slide_id: str, zoom: int, column: int, row: int) -> Any:
-        content = views.pixels(views.result(slide_id)).picture(zoom, column, row)
+        content = views.pixels(slide_id).picture(zoom, column, row)
         return Response(content, mimetype="image/jpeg")
 
     return app
