@@ -343,6 +343,23 @@ def recorder() -> Recorder:
     return Recorder()
 
 
+@pytest.fixture
+def scored(slides, bundle, recorder):
+    """The store of slides a and b, with maps by `mean` (a tile's probability is the mean of its pixels over 255), and
+    of one that failed."""
+    from wsi_idc.extract import extract
+    from wsi_idc.infer import infer
+    from wsi_idc.manifest import read_manifest
+    from wsi_idc.model.bundle import read_bundle
+    from wsi_idc.settings import ExtractSettings, InferSettings
+    from wsi_idc.store import open_store
+
+    path = slides.parent / "tiles.zarr"
+    extract(read_manifest(slides), path, ExtractSettings(), listener=recorder)
+    infer(path, read_bundle(bundle), InferSettings(), listener=recorder)
+    return open_store(path)
+
+
 @pytest.fixture(scope="session")
 def wsi_idc():
     """Runs the command as a process of its own, with none of the user's settings but those that are given."""

@@ -14,11 +14,8 @@ from wsi_idc.store import open_store
 
 
 @pytest.fixture
-def store(slides, bundle, recorder):
-    path = slides.parent / "tiles.zarr"
-    extract(read_manifest(slides), path, ExtractSettings(), listener=recorder)
-    infer(path, read_bundle(bundle), InferSettings(), listener=recorder)
-    return open_store(path)
+def store(scored):
+    return scored
 
 
 def test_the_only_model_is_meant_and_of_several_one_must_be_named(store, bundle, make, recorder, tmp_path):

@@ -28,11 +28,8 @@ from wsi_idc.view.server import Views, make_app, serving
 
 
 @pytest.fixture
-def store(slides, bundle, recorder):
-    path = slides.parent / "tiles.zarr"
-    extract(read_manifest(slides), path, ExtractSettings(), listener=recorder)
-    infer(path, read_bundle(bundle), InferSettings(), listener=recorder)
-    return open_store(path)
+def store(scored):
+    return scored
 
 
 @pytest.fixture

@@ -158,9 +158,7 @@ class Scored:
     @cached_property
     def image(self) -> NDArray[np.float32]:
         """The map: float32 (rows, columns), or (class, rows, columns); NaN where there is no tile."""
-        from wsi_idc.work.score import map_image
-
-        return map_image(self.grid, self.cells, self.probability)
+        return self.grid.image(self.cells, self.probability)
 
 
 def score(

@@ -133,7 +133,7 @@ def stored_models(store: Store, at_hand: Sequence[tuple[ListedModel, LoadedBundl
     found = []
     for model in store.models():
         own = [(listed, bundle) for listed, bundle in at_hand if bundle is not None and listed.name == model]
-        needs = [bundle.made_from(form) for _, bundle in own if bundle is not None for form in bundle.forms()]
+        needs = [need for _, bundle in own if bundle is not None for need in bundle.needs()]
         states = at_once(lambda name: store.map(model, name).state(slides[name], needs).kind, names)  # noqa: B023
         current, stale, failed = (states.count(kind) for kind in ("current", "stale", "failed"))
         where = ", ".join(listed.where for listed, _ in own)

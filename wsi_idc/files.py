@@ -65,6 +65,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(before, ignore_errors=True)
 
 
+def standing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
 def starts_otherwise(path: Path, beginning: bytes) -> str:
     """Why a file must not be replaced by one that begins so; "" where nothing is there, or such a file.
 

@@ -63,6 +63,17 @@ class Grid:
         grid = np.indices((rows, columns), dtype=np.int32)
         return grid.reshape(2, -1).T.copy()
 
+    def image(self, cells: NDArray[np.integer], values: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Values in the places of their cells: float32 (rows, columns), or (k, rows, columns); NaN where there is none.
+
+        Args:
+            cells: int (n, 2) of row, column.
+            values: (n,), or (n, k).
+        """
+        image = np.full((*values.shape[1:], *self.shape), np.nan, np.float32)
+        image[..., cells[:, 0], cells[:, 1]] = values.T
+        return image
+
     def position(self, cells: NDArray[np.integer]) -> NDArray[np.int32]:
         """Level-0 x, y of each cell's top-left pixel: int32 (n, 2), from cells (n, 2) of row, column."""
         ideal = cells[:, ::-1] * np.asarray(self.step)

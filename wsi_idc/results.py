@@ -4,7 +4,7 @@ What a tile stands for is a square of the grid's pitch: where tiles overlap (str
 gaps, areas still add up to the slide's. Areas of tissue count the part of each tile that is tissue.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,13 +59,13 @@ def choose_model(store: Store, model: str | None) -> Choice:
     if bundle.fields.name not in names:
         problem = f"the store has no maps by {bundle.fields.name}, only by {', '.join(names)}"
         raise UsageError("--model", problem, "run wsi-idc infer with that model first")
-    return Choice(bundle.fields.name, [bundle.made_from(form) for form in bundle.forms()])
+    return Choice(bundle.fields.name, bundle.needs())
 
 
 def needs_of(model: str) -> list[dict[str, Any]]:
     """What the forms of the model that ships make maps from, where that is the name; nothing is known of others."""
     bundle = read_bundle(SHIPPED)
-    return [bundle.made_from(form) for form in bundle.forms()] if model == bundle.fields.name else []
+    return bundle.needs() if model == bundle.fields.name else []
 
 
 @dataclass(frozen=True)
@@ -178,15 +178,19 @@ class Result:
         return self.slide.tissue
 
     @cached_property
+    def _stored(self) -> NDArray[np.float32]:
+        """float32 (n,) of the second of two classes, or (n, class): as the map has it."""
+        return self.map.read("probability")
+
+    @cached_property
     def probability(self) -> NDArray[np.float32]:
         """float32 (n,): P(positive) of each tile."""
-        return self._of_positive(self.map.read("probability"))
+        return self._of_positive(self._stored)
 
     @cached_property
     def each_class(self) -> NDArray[np.float32]:
         """float32 (n, class): the probability of each of `classes`."""
-        probability = self.map.read("probability")
-        return np.stack([of_class(probability, place) for place in range(len(self.classes))], axis=1)
+        return np.stack([of_class(self._stored, place) for place in range(len(self.classes))], axis=1)
 
     @cached_property
     def alone(self) -> NDArray[np.float32] | None:
@@ -204,10 +208,7 @@ class Result:
     @cached_property
     def image(self) -> NDArray[np.float32]:
         """float32 (rows, columns): P(positive); NaN where there is no tile."""
-        image = np.full(self.slide.grid.shape, np.nan, np.float32)
-        cells = self.cell
-        image[cells[:, 0], cells[:, 1]] = self.probability
-        return image
+        return self.slide.grid.image(self.cell, self.probability)
 
     @property
     def _square_mm2(self) -> float:
@@ -342,16 +343,17 @@ def require(found: Result | Absent, model: str) -> Result:
     raise UsageError(found.slide_id, f"{problem} ({found.why})" if found.why else problem, advice)
 
 
-def look_at_all(
-    store: Store, choice: Choice, only: Sequence[str] = (), threshold: float | None = None
-) -> Iterator[Result | Absent]:
-    """`look` at every slide that was ever tried, or at those of `only`, in order; one at a time is held.
+def limited(names: Sequence[str], only: Collection[str] = (), listed: Collection[str] | None = None) -> list[str]:
+    """The slides of a store that are meant, in its order.
+
+    Args:
+        names: those that it has.
+        only: to which the user limits them; all where empty.
+        listed: the manifest's, where one is given: others are left out.
 
     Raises:
         UsageError: one of `only` is not in the store.
     """
-    names = store.all_slide_ids()
     if unknown := sorted(set(only) - set(names)):
         raise UsageError(f"--only {unknown[0]}", "no such slide in the store", "wsi-idc status lists them")
-    for name in [name for name in names if not only or name in only]:
-        yield look(store, choice, name, threshold)
+    return [name for name in names if (not only or name in only) and (listed is None or name in listed)]

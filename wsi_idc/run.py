@@ -17,7 +17,7 @@ from wsi_idc import USE, __version__
 from wsi_idc.config import InForce
 from wsi_idc.console import columns, counts, duration, printable
 from wsi_idc.errors import UsageError, WsiIdcError, system_reason
-from wsi_idc.files import starts_otherwise
+from wsi_idc.files import standing, starts_otherwise
 from wsi_idc.plan import Plan
 from wsi_idc.settings import ReportSettings
 from wsi_idc.work.jobs import Listener, Outcome, Summary
@@ -267,7 +267,7 @@ def _check_folder(path: Path) -> None:
     Raises:
         UsageError: it cannot.
     """
-    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    there = standing(path)
     if not there.is_dir() or not os.access(there, os.W_OK):
         problem = "cannot be written" if there.is_dir() else f"{there} is no folder"
         raise UsageError(path, problem, "check its rights, or name another folder")

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from wsi_idc.console import duration
 from wsi_idc.errors import StoreDamageError
 from wsi_idc.flags import flags, of_record
 from wsi_idc.results import needs_of
@@ -150,9 +151,7 @@ def _left(since: str, share: float, now: datetime) -> str:
         seconds = (now - datetime.fromisoformat(since)).total_seconds() * (1 / share - 1)
     except (ValueError, TypeError, ZeroDivisionError):
         return ""
-    if seconds <= 0:
-        return ""
-    return f", about {seconds / 60:,.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
+    return f", about {duration(seconds)} left" if seconds > 0 else ""
 
 
 def holding_fields(holding: Holding) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from wsi_idc.errors import ObjectsError, StoreBusyError, StoreDamageError, UsageError, system_reason
 from wsi_idc.model.bundle import of_class
 from wsi_idc.names import check_slide_id
+from wsi_idc.results import limited
 from wsi_idc.store import Node, Record, Store, StoredMap, StoredSlide, hold_store, open_to_check
 from wsi_idc.store.slide import identity, pixels_from
 from wsi_idc.work.jobs import Listener, Outcome
@@ -152,10 +153,7 @@ def _models(store: Store, model: str) -> list[str]:
 def _names(store: Store, models: Sequence[str], only: Sequence[str]) -> list[str]:
     """The slides that are looked at, with those that only have a map."""
     mapped = itertools.chain.from_iterable(store.mapped_slide_ids(model) for model in models)
-    names = sorted({*store.all_slide_ids(), *mapped})
-    if strange := sorted(set(only) - set(names)):
-        raise UsageError(f"--only {strange[0]}", "no such slide in the store", "wsi-idc status lists them")
-    return [name for name in names if not only or name in only]
+    return limited(sorted({*store.all_slide_ids(), *mapped}), only)
 
 
 def _store_findings(store: Store) -> list[Finding]:
@@ -403,10 +401,7 @@ def _check_map(stored: StoredMap, slide: StoredSlide | None, findings: list[Find
         return
     _expect(node, "probability", probability, (slide.count, *probability.shape[1:]), np.float32)
     _expect(node, "0", image, (*probability.shape[1:], *slide.grid.shape), np.float32)
-    cell = slide.cell
-    placed = np.full(image.shape, np.nan, np.float32)
-    placed[..., cell[:, 0], cell[:, 1]] = probability.T
-    if not np.array_equal(placed, image, equal_nan=True):
+    if not np.array_equal(slide.grid.image(slide.cell, probability), image, equal_nan=True):
         raise node.damaged("0", "it is not its probabilities at the tiles' cells")
     made_from = stored.record.made_from or {}
     positive, classes, threshold = (made_from.get(name) for name in ("positive class", "classes", "threshold"))

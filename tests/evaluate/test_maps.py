@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wsi_idc.colours import table
 from wsi_idc.evaluate.gather import gather
-from wsi_idc.evaluate.maps import NOTHING, OUTLINE, SHOWN, _colours, chosen, draw_slides
+from wsi_idc.evaluate.maps import NOTHING, OUTLINE, SHOWN, chosen, draw_slides
 from wsi_idc.evaluate.metrics import evaluate
 from wsi_idc.evaluate.predictions import predictions
 from wsi_idc.evaluate.report import write_report
@@ -79,8 +80,8 @@ def test_each_pixel_of_a_map_is_its_tiles(gathered):
         # At 500 x 400 px the picture is 1.2 times the slide, so that a tile of 50 px is 60 pixels of it.
         middle = slide.cell * 60 + 30
         for (y, x), part, value in zip(middle.tolist(), slide.idc, values, strict=True):
-            assert np.abs(labels[y, x] - _colours()[round(float(part) * 255)]).max() <= 2
-            assert np.abs(probability[y, x] - _colours()[round(float(value) * 255)]).max() <= 2
+            assert np.abs(labels[y, x] - table()[round(float(part) * 255)]).max() <= 2
+            assert np.abs(probability[y, x] - table()[round(float(value) * 255)]).max() <= 2
         assert (labels[30, 30] == NOTHING).all() and (probability[30, 30] == NOTHING).all()
         # The outline runs outside the square of 150 px that is labelled, which begins at (100, 100).
         assert (probability[200, 118] == OUTLINE).all() and (probability[200, 122] != OUTLINE).any()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wsi_idc.colours import table
 from wsi_idc.errors import UsageError
 from wsi_idc.export import pictures
 from wsi_idc.export.export import export
@@ -63,7 +64,7 @@ def test_a_map_is_drawn_beside_and_over_its_slide(store, tmp_path, said):
     picture = pixels(tmp_path / "a.png")
     third = picture.shape[1] // 3
     slide, map_, both = picture[:, :third], picture[:, third : 2 * third], picture[:, 2 * third :]
-    colour = pictures._table()[round(255 * float(np.median(result.probability)))]
+    colour = table()[round(255 * float(np.median(result.probability)))]
     mixed = pictures.OVER * colour + (1 - pictures.OVER) * np.array(TISSUE)
     assert share(slide, TISSUE) > 0.1 and share(map_, colour) > 0.1 and share(both, mixed) > 0.1
     for other, own in ((map_, TISSUE), (both, TISSUE), (both, colour)):
@@ -135,7 +136,7 @@ def test_the_colours_of_a_map_fit_a_picture_of_any_size(store):
     assert small.shape == (*result.slide.grid.shape, 4) and small.dtype == np.uint8
     tile = tuple(result.cell[3])
     assert small[tile][3] == 255 and small[0, 0][3] == 0
-    assert (small[tile][:3] == pictures._table()[round(255 * float(result.probability[3]))]).all()
+    assert (small[tile][:3] == table()[round(255 * float(result.probability[3]))]).all()
     width, height = result.slide.grid.size
     large = overlay(result, 0.5, (height, width))
     assert large.shape == (height, width, 4) and set(np.unique(large[..., 3])) == {0, 128}

@@ -187,7 +187,7 @@ def _probabilities(
 ) -> NDArray[np.float32]:
     """float32 (n,): the slides' probabilities by the bundle as it is now, one slide after the other."""
     name, parts = bundle.fields.name, []
-    needs = [bundle.made_from(form) for form in bundle.forms()]
+    needs = bundle.needs()
     for slide in slides:
         found = store.map(name, slide.slide_id)
         state = found.state(slide, needs)

@@ -6,20 +6,18 @@ figures: those with a label and a probability.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from io import BytesIO
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_idc.colours import coloured
 from wsi_idc.evaluate.metrics import Evaluation, GroupRow, Results
 from wsi_idc.store import StoredSlide
 
 SHOWN = 3
 """Slides that are shown of the worst, and of the best."""
-COLOURS = "cividis"
-"""Perceptually even, and the same to colour-blind eyes."""
 OUTLINE = (213, 94, 0)
 NOTHING = (238, 238, 238)
 """What has no tile, or no label, or no probability."""
@@ -93,9 +91,7 @@ def _draw(results: Results, slide: StoredSlide, start: int, words: str) -> Shown
 
     def raster(values: NDArray[np.floating]) -> NDArray[np.float32]:
         """Values of the tiles, float (n,), at each pixel of the picture; NaN where there is none."""
-        image = np.full(slide.grid.shape, np.nan, np.float32)
-        image[cells[:, 0], cells[:, 1]] = values
-        return image[place]
+        return slide.grid.image(cells, values)[place]
 
     truth = np.full(slide.count, np.nan)
     first = results.evaluations[0].predictions
@@ -157,24 +153,9 @@ def _outlined(pixels: Pixels, edge: NDArray[np.bool_]) -> Pixels:
     return drawn
 
 
-@lru_cache(maxsize=1)
-def _colours() -> Pixels:
-    """uint8 (256, 3)."""
-    import matplotlib as mpl
-
-    return np.asarray(mpl.colormaps[COLOURS](np.arange(256), bytes=True)[:, :3])
-
-
 def _coloured(values: NDArray[np.float32]) -> Pixels:
     """Parts or probabilities in colours: uint8 (h, w, 3)."""
-    there = ~np.isnan(values)
-    index = np.round(np.where(there, values, 0) * 255).astype(np.uint8)
-    return np.where(there[..., None], _colours()[index], np.asarray(NOTHING, np.uint8))
-
-
-def gradient(stops: int = 9) -> list[str]:
-    """The colours from 0 to 1, as CSS has them."""
-    return ["#{:02x}{:02x}{:02x}".format(*colour) for colour in _colours()[np.linspace(0, 255, stops).astype(int)]]
+    return np.where(np.isnan(values)[..., None], np.asarray(NOTHING, np.uint8), coloured(values))
 
 
 def _png(pixels: Pixels) -> bytes:

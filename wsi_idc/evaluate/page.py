@@ -8,8 +8,11 @@ from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
+from markupsafe import Markup
+
 from wsi_idc import USE
-from wsi_idc.evaluate.maps import NOTHING, OUTLINE, Panel, Shown, gradient
+from wsi_idc.colours import stops
+from wsi_idc.evaluate.maps import NOTHING, OUTLINE, Panel, Shown
 from wsi_idc.evaluate.metrics import FIGURES, Difference, Evaluation, Results
 from wsi_idc.evaluate.plots import interval
 
@@ -22,6 +25,11 @@ PLOT_WORDS = {
     "reliability": "Reliability: part that is IDC against P(IDC)",
     "per_patient": "ROC AUC and balanced accuracy of each patient",
 }
+
+
+def base_style() -> str:
+    """The style that all of our pages have in common."""
+    return files("wsi_idc.evaluate").joinpath("base.css").read_text("utf-8")
 
 
 def html_page(
@@ -49,6 +57,7 @@ def html_page(
     first = results.evaluations[0].predictions
     names = ", ".join(e.predictions.model for e in results.evaluations)
     return template.render(
+        base=Markup(base_style()),
         research_use=USE,
         notes=[*notes, *results.notes()],
         tiles=len(first),
@@ -79,7 +88,7 @@ def html_page(
             for name, words in PLOT_WORDS.items()
         ],
         shown=[{"heading": slide.heading, "panels": [_panel(panel) for panel in slide.panels]} for slide in shown],
-        gradient=", ".join(gradient()) if shown else "",
+        gradient=", ".join(stops()) if shown else "",
         outline=f"rgb{OUTLINE}",
         nothing=f"rgb{NOTHING}",
         groups=[group for evaluation in results.evaluations for group in _groups(evaluation)],

@@ -33,7 +33,7 @@ from wsi_idc.errors import (
 )
 from wsi_idc.files import flush_all, flush_folder, write_whole
 from wsi_idc.plan import Plan, plan
-from wsi_idc.results import Absent, Choice, Result, choose_model, look_at_all
+from wsi_idc.results import Absent, Choice, Result, choose_model, limited, look
 from wsi_idc.settings import ExportFormat, ExportSettings
 from wsi_idc.store import open_store
 from wsi_idc.work.jobs import Listener, Outcome, Summary
@@ -132,9 +132,7 @@ def export(
     store = open_store(address)
     choice = choose_model(store, model)
     whole = not only
-    names = [name for name in store.all_slide_ids() if (whole or name in only) and (listed is None or name in listed)]
-    if unknown := sorted(set(only) - set(names)) if listed is None else []:
-        raise UsageError(f"--only {unknown[0]}", "no such slide in the store", "wsi-idc status lists them")
+    names = limited(store.all_slide_ids(), only, listed)
     told = listener(names)
     plans: dict[str, Plan] = {}
     outcomes: dict[str, Outcome] = {}
@@ -145,9 +143,8 @@ def export(
         rows = []
         needs: dict[str, dict[str, Any]] = {}
         try:
-            chosen = only if listed is None else names
-            for found in look_at_all(store, choice, chosen, settings.threshold) if chosen or listed is None else ():
-                name = found.slide_id
+            for name in names:
+                found = look(store, choice, name, settings.threshold)
                 index.write_now_and_then()
                 if isinstance(found, Absent):
                     rows.append(_absent_row(found, choice))
@@ -198,9 +195,9 @@ def _left_behind(index: "_Index", needs: Mapping[str, Mapping[str, Any]], outcom
     """
     old = [
         file
-        for name, kind, file in index.files()
+        for name, kind, file, made_from in index.files()
         if (name not in outcomes or outcomes[name].status == "done")
-        and index.made_from(name, kind) != {**needs.get(name, {}), "format": format_of(kind).VERSION}
+        and made_from != {**needs.get(name, {}), "format": format_of(kind).VERSION}
     ]
     if not old:
         return []
@@ -387,12 +384,12 @@ class _Index:
         kinds = [kind for kind in FORMATS if self.made_from(name, kind) is not None]
         return f"; what {' and '.join(kinds)} have of it is of an older map" if kinds else ""
 
-    def files(self) -> Iterator[tuple[str, ExportFormat, str]]:
-        """Slide, format and name of every file that is there as it was written."""
+    def files(self) -> Iterator[tuple[str, ExportFormat, str, dict[str, Any]]]:
+        """Slide, format and name of every file that is there as it was written, and what it was made from."""
         for name in sorted(self._slides):
             for kind in FORMATS:
-                if self.made_from(name, kind) is not None:
-                    yield name, kind, f"{kind}/{self._entry(name, kind)['file']}"
+                if (made_from := self.made_from(name, kind)) is not None:
+                    yield name, kind, f"{kind}/{self._entry(name, kind)['file']}", made_from
 
     def write_now_and_then(self) -> None:
         """Put it in its place every few seconds: what a run has done that is interrupted is not done again."""

@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc import USE
+from wsi_idc.colours import coloured, table
 from wsi_idc.console import printable
 from wsi_idc.grid import Grid
 from wsi_idc.results import Result
 
-COLOURS = "cividis"
-"""Perceptually even, and the same to colour-blind eyes."""
 OVER = 0.55
 """Opacity of a map over its slide: the tissue shows through."""
 ANNOTATED = 0.5
@@ -59,19 +58,10 @@ def overlay(result: Result, alpha: float = 1.0, size: tuple[int, int] | None = N
         uint8 (rows, columns, 4) RGBA.
     """
     image = result.image if size is None else _spread(result, size)
-    values = np.nan_to_num(np.clip(image, 0, 1)) * 255
     colours = np.empty((*image.shape, 4), np.uint8)
-    colours[..., :3] = _table()[np.rint(values).astype(np.intp)]
+    colours[..., :3] = coloured(image)
     colours[..., 3] = np.where(np.isnan(image), 0, round(255 * alpha))
     return colours
-
-
-@cache
-def _table() -> NDArray[np.uint8]:
-    """uint8 (256, 3) RGB of probabilities from 0 to 1."""
-    import matplotlib as mpl
-
-    return np.asarray(mpl.colormaps[COLOURS](np.arange(256), bytes=True)[:, :3], np.uint8)
 
 
 def _spread(result: Result, size: tuple[int, int]) -> NDArray[np.float32]:
@@ -398,7 +388,7 @@ def _colour_bar(sheet: _Sheet, bar: _Bar) -> None:
     sheet.text(left + width * bar.threshold, f"threshold {bar.threshold:.3g}", fontsize=9, ha="center")
     sheet.top += _LINE
     axes = sheet.axes(left, width, 0.16)
-    axes.imshow(_table()[None], extent=(0, 1, 0, 1), aspect="auto")
+    axes.imshow(table()[None], extent=(0, 1, 0, 1), aspect="auto")
     for color, linewidth in (("white", 3.0), ("black", 1.4)):
         axes.axvline(bar.threshold, color=color, linewidth=linewidth)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"], fontsize=8, family=_FONT)

@@ -303,6 +303,10 @@ class LoadedBundle:
             "context": fields.context.model_dump() if fields.context else None,
         }
 
+    def needs(self) -> list[dict[str, Any]]:
+        """`made_from` of each of its forms: a map by any of them is current (`StoredMap.state`)."""
+        return [self.made_from(form) for form in self.forms()]
+
     def check_digest(self, form: Form) -> None:
         """Refuse a file that is no longer the one that was chosen: a map would say that it is by another.
 

@@ -75,10 +75,10 @@ def check_bundle(bundle: LoadedBundle, threads: int = 0) -> BundleCheck:
     """
     tiles = made_tiles(bundle.fields.tile.size_px)
     forms, notes = _forms(bundle)
-    known, against, expected = bundle.fields.known, "", None
-    if known is not None and known.tiles == checksum(tiles):
-        against, expected = "the answers that the bundle was written with", np.array(known.probability)
-    elif known is not None:
+    against, expected = "", known_answers(bundle, tiles)
+    if expected is not None:
+        against = "the answers that the bundle was written with"
+    elif bundle.fields.known is not None:
         notes.append("the bundle's known answers are to other tiles than this version makes: they say nothing here")
     checks = []
     for form in forms:
@@ -98,6 +98,12 @@ def check_bundle(bundle: LoadedBundle, threads: int = 0) -> BundleCheck:
     if len(forms) == 1 and checks[0].largest is None:
         notes.append("one form and no known answers: there is nothing to hold it against")
     return BundleCheck(against, tuple(checks), tuple(notes))
+
+
+def known_answers(bundle: LoadedBundle, tiles: NDArray[np.uint8]) -> NDArray[np.float64] | None:
+    """What the bundle answered to the made tiles when it was written; None where it says nothing of these."""
+    known = bundle.fields.known
+    return np.array(known.probability) if known is not None and known.tiles == checksum(tiles) else None
 
 
 def _forms(bundle: LoadedBundle) -> tuple[list[Form], list[str]]:

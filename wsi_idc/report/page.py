@@ -15,8 +15,9 @@ from typing import Any
 from markupsafe import Markup
 
 from wsi_idc import USE
+from wsi_idc.colours import stops
 from wsi_idc.console import printable
-from wsi_idc.export.pictures import COLOURS
+from wsi_idc.evaluate.page import base_style
 from wsi_idc.report.entry import BINS, OPACITY, Entry
 from wsi_idc.report.judged import Judged
 from wsi_idc.report.pictures import Pictures
@@ -67,7 +68,8 @@ def html_page(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=finalize
     )
     place = files("wsi_idc.report")
-    style, script = (place.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    own, script = (place.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    style = base_style() + own
     return environment.from_string(place.joinpath("page.html.j2").read_text("utf-8")).render(
         use=USE,
         style=Markup(style),
@@ -85,7 +87,7 @@ def html_page(
         facts=[*facts, *_made(entries)],
         notes=notes,
         opacity=round(100 * OPACITY),
-        colours=_stops(),
+        colours=[(f"{place / 8:g}", colour) for place, colour in enumerate(stops())],
         source=lambda name: Markup(pictures.source(name)),
         mm2=lambda value: "" if value is None else f"{value:,.2f}",
         part=lambda value: "" if value is None else f"{value:.1%}",
@@ -131,14 +133,6 @@ def _rounded(*values: float) -> tuple[str, ...]:
 def _scale_bar(width_mm: float) -> float:
     """A round length of about a fifth of the slide's width, in mm."""
     return max((bar for bar in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0) if bar <= width_mm / 4), default=0.02)
-
-
-def _stops() -> list[tuple[str, str]]:
-    """The map's colours from 0 to 1: part and colour."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    return [(f"{place / 8:g}", to_hex(colormaps[COLOURS](place / 8))) for place in range(9)]
 
 
 _NAMES = {

@@ -20,7 +20,7 @@ from wsi_idc.report.entry import Entry, entry
 from wsi_idc.report.judged import Judged, judge
 from wsi_idc.report.page import counts, html_page
 from wsi_idc.report.pictures import PAGE_BYTES, Pictures, writing
-from wsi_idc.results import Choice, Result, choose_model, look_at_all
+from wsi_idc.results import Choice, Result, choose_model, limited, look
 from wsi_idc.store import Store, open_store
 from wsi_idc.work.jobs import Listener, Outcome
 
@@ -76,21 +76,23 @@ def write(
     """
     store = open_store(address)
     choice, bundle = _choose(store, model)
-    names = store.all_slide_ids()
-    if not names:
+    stored = store.all_slide_ids()
+    if not stored:
         raise UsageError(store.address, "has no slides", "run wsi-idc extract first")
+    names = limited(stored, only)
     _try_writing(out)
-    told = listener([name for name in names if not only or name in only]) if listener else None
+    told = listener(names) if listener else None
     entries: list[Entry] = []
     about: Mapping[str, Any] = {}
     positive = "IDC"
     with Pictures(out) as pictures:
-        for found in look_at_all(store, choice, only, threshold):
+        for name in names:
+            found = look(store, choice, name, threshold)
             if isinstance(found, Result):
                 about, positive = found.map.attributes["model"], found.positive
             entries.append(entry(store, found, pictures))
             if told:
-                told.ended(found.slide_id, Outcome("done"))
+                told.ended(name, Outcome("done"))
         judged = judge(store, bundle, entries, pictures, threshold) if not only else _left_out(entries)
 
         def page() -> bytes:

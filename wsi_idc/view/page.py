@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc import USE
+from wsi_idc.colours import stops
 from wsi_idc.results import Region, Result
 from wsi_idc.view.pixels import TILE, Pixels
 
@@ -135,7 +136,6 @@ def page(result: Result, pixels: Pixels) -> str:
         Toggle,
         WMTSTileSource,
     )
-    from bokeh.palettes import Cividis256
     from bokeh.plotting import figure
     from bokeh.resources import INLINE
     from jinja2 import Template
@@ -180,7 +180,7 @@ def page(result: Result, pixels: Pixels) -> str:
         )
     flipped = np.ascontiguousarray(image[::-1])
     known, shown = ColumnDataSource({"image": [flipped]}), ColumnDataSource({"image": [flipped]})
-    mapper = LinearColorMapper(palette=Cividis256, low=0, high=1, nan_color="rgba(0, 0, 0, 0)")
+    mapper = LinearColorMapper(palette=stops(256), low=0, high=1, nan_color="rgba(0, 0, 0, 0)")
     drawn = plot.image(
         image="image",
         source=shown,

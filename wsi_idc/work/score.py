@@ -23,7 +23,6 @@ from wsi_idc.errors import (
     StoreError,
 )
 from wsi_idc.flags import Flag, of_map
-from wsi_idc.grid import Grid
 from wsi_idc.model.bundle import SHIPPED, Bundle, Form, read_bundle
 from wsi_idc.settings import TileSpec
 from wsi_idc.slides import Slide, open_slide
@@ -164,7 +163,7 @@ class ScoreJob:
                 results = [np.zeros((0, *loaded(self._folder, self.form, work.capacity.threads).per_tile), np.float32)]
             arrays = map_arrays(fields, self.slide_id, np.concatenate(results), cells, slide.spec)
             found = self._flags(slide, arrays)
-        image = map_image(slide.grid, cells, arrays["probability"])
+        image = slide.grid.image(cells, arrays["probability"])
         node = self._node
         attempt = node.begin()
         checksums = {name: node.put(name, values, ("tile", "class")[: values.ndim]) for name, values in arrays.items()}
@@ -308,13 +307,6 @@ def map_arrays(
     from wsi_idc.model.context import in_context
 
     return {"alone": alone, "probability": in_context(alone, cells, spec, fields.context)}
-
-
-def map_image(grid: Grid, cells: NDArray[np.int32], probability: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The map: float32 (rows, columns), or (class, rows, columns); NaN where there is no tile."""
-    image = np.full((*probability.shape[1:], *grid.shape), np.nan, np.float32)
-    image[..., cells[:, 0], cells[:, 1]] = probability.T
-    return image
 
 
 def _positive(fields: Bundle, probability: NDArray[np.float32]) -> int | None:
