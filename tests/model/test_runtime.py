@@ -1,6 +1,7 @@
 """torch, meant for CUDA and run here on the CPU device, gives the probabilities of the graph."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -43,12 +44,46 @@ def test_weights_and_graph_agree(trained):
     assert np.abs(by_graph - by_torch).max() < 1e-4
 
 
-def test_a_probability_does_not_depend_on_the_batch_or_the_threads(trained):
-    loaded = read_bundle(trained)
-    tiles = np.random.default_rng(0).integers(0, 256, (40, 50, 50, 3), dtype=np.uint8)
-    whole = load_runtime(loaded, "float32", 2).predict(tiles)
-    single = load_runtime(loaded, "float32", 1)
-    assert np.allclose(whole, np.concatenate([single.predict(tiles[n : n + 1]) for n in range(40)]), atol=1e-6)
+def tiles_of(count, size=50):
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("by", ["graph", "weights"])
+def test_a_probability_is_the_same_bits_whatever_the_batch_and_the_threads(trained, by):
+    """Batches come in any size, from several slides at once, and a runtime has any number of threads."""
+    if by == "weights":
+        (trained / "model.onnx").unlink()
+    loaded, tiles = read_bundle(trained), tiles_of(100)
+    one, three = (load_runtime(loaded, "float32", threads) for threads in (1, 3))
+    whole = one.predict(tiles)
+    assert whole.std() > 0
+    assert np.array_equal(three.predict(tiles), whole)
+    assert np.array_equal(one.predict(tiles[::-1]), whole[::-1])
+    for size in (1, 7, 33):
+        starts = range(0, 100, size)
+        with ThreadPoolExecutor(4) as callers:
+            begun = list(callers.map(lambda start, size=size: three.begin(tiles[start : start + size]), starts))
+        assert np.array_equal(np.concatenate([each.result() for each in begun]), whole)
+
+
+def test_as_many_batches_as_a_runtime_asks_for_can_be_begun_before_a_result_is_fetched(trained):
+    runtime = load_runtime(read_bundle(trained), "float32", 2)
+    assert runtime.ahead > 2
+    tiles = tiles_of(8)
+    begun = [runtime.begin(tiles[n : n + 1]) for n in range(runtime.ahead)]
+    assert [each.result().shape for each in begun] == [(1,)] * runtime.ahead
+    assert runtime.begin(tiles[:0]).result().shape == (0,)
+
+
+def test_the_threads_of_a_model_in_torch_are_its_own(trained):
+    """They compute by themselves; what comes after, training for example, still has all cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    (trained / "model.onnx").unlink()
+    runtime = load_runtime(read_bundle(trained), "float32", 2)
+    runtime.predict(tiles_of(3))
+    assert torch.get_num_threads() == before
 
 
 def test_a_probability_by_torch_does_not_depend_on_the_batch_either(bundle):

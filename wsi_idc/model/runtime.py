@@ -1,8 +1,13 @@
 """What runs a model: ONNX Runtime on the CPU; torch on CUDA, and for float32 where a bundle has weights and no graph.
 
-All take uint8 tiles and give probabilities.
+All take uint8 tiles and give probabilities. On the CPU each batch is computed by one thread, and several batches side
+by side: threads that share a batch wait for each other, and for whoever else keeps one of the cores busy.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -13,21 +18,37 @@ from wsi_idc.errors import ModelError
 from wsi_idc.model.bundle import Form, LoadedBundle
 from wsi_idc.settings import Precision
 
-BATCH = 64
-"""Tiles that torch is given at once on the CPU, whatever the batch that was asked for."""
+BATCH = 32
+"""Tiles that go through a model at once. Always as many, with black ones where there are fewer: kernels add up in
+another order where a batch has another size, and a probability must not depend on the tiles beside it."""
+
+
+class Pending(Protocol):
+    """A batch that was begun."""
+
+    def result(self) -> NDArray[np.float32]:
+        """Its probabilities, as `Runtime.predict` gives them; waits until they are there.
+
+        Raises:
+            ModelError: the graph gave another shape than it says.
+        """
 
 
 class Runtime(Protocol):
-    """A loaded model.
+    """A loaded model. Several threads may use it at once.
 
     Attributes:
         per_tile: the shape of what it says of a tile: () for the probability of the second of two classes, or (k,).
+        ahead: so many batches a caller should have begun before it asks for the first one's result, or the model waits.
     """
 
     per_tile: tuple[int, ...]
+    ahead: int
 
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The probabilities of each tile, from uint8 (n, size, size, 3) RGB.
+        """The probabilities of any number of tiles, from uint8 (n, size, size, 3) RGB.
+
+        Those of a tile are the same bits whatever tiles come with it, and however many threads there are.
 
         Returns:
             float32 (n,), P(classes[1]) of two classes; or (n, k), that of each class. They need not sum to one: a model
@@ -36,6 +57,9 @@ class Runtime(Protocol):
         Raises:
             ModelError: the graph gave another shape than it says.
         """
+
+    def begin(self, tiles: NDArray[np.uint8]) -> Pending:
+        """Begin what `predict` does, and return at once. The tiles must stay as they are until the result is there."""
 
 
 def load_runtime(bundle: LoadedBundle, form: Form | Precision, threads: int) -> Runtime:
@@ -58,13 +82,47 @@ def load_runtime(bundle: LoadedBundle, form: Form | Precision, threads: int) -> 
 
 
 def predict_all(runtime: Runtime, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The probabilities of any number of tiles, 256 at a time: see `Runtime.predict`."""
-    parts = [runtime.predict(tiles[start : start + 256]) for start in range(0, len(tiles), 256)]
-    return np.concatenate([np.empty((0, *runtime.per_tile), np.float32), *parts])
+    """See `Runtime.predict`."""
+    return runtime.predict(tiles)
 
 
-class OnnxRuntime:
-    """A bundle's graph in ONNX Runtime on the CPU.
+class _SideBySide(ABC):
+    """A model whose batches are computed side by side, each by one thread.
+
+    Args:
+        per_tile: see `Runtime`.
+        threads: so many; 0 for one a core.
+        initializer: what each of them does first.
+    """
+
+    def __init__(self, per_tile: tuple[int, ...], threads: int, initializer: Callable[[], None] | None = None) -> None:
+        if not threads:
+            from dask.system import CPU_COUNT
+
+            threads = CPU_COUNT
+        self.per_tile, self.ahead = per_tile, threads + 1
+        self._pool = ThreadPoolExecutor(threads, "score", initializer)
+
+    def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `Runtime.predict`."""
+        begun = [self.begin(tiles[start : start + BATCH]) for start in range(0, len(tiles), BATCH)]
+        return np.concatenate([np.empty((0, *self.per_tile), np.float32), *(part.result() for part in begun)])
+
+    def begin(self, tiles: NDArray[np.uint8]) -> Pending:
+        """See `Runtime.begin`."""
+        return self._pool.submit(self._scored, tiles)
+
+    def _scored(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        parts = [self._score(_padded(tiles[start : start + BATCH])) for start in range(0, len(tiles), BATCH)]
+        return np.concatenate([np.empty((0, *self.per_tile), np.float32), *parts])[: len(tiles)]
+
+    @abstractmethod
+    def _score(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The probabilities of `BATCH` tiles, by the thread that calls."""
+
+
+class OnnxRuntime(_SideBySide):
+    """A bundle's graph in ONNX Runtime on the CPU: one session of one thread, run by several at once.
 
     Raises:
         ModelError: the graph cannot be loaded, or has another input or output than the bundle says, or its weights are
@@ -75,7 +133,8 @@ class OnnxRuntime:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4
         # Weights outside the graph's file are looked for here, where none can be; else in the working directory.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path / "none"))
@@ -94,15 +153,16 @@ class OnnxRuntime:
         _check_port(bundle, "input", self._session.get_inputs(), graph.input, "tensor(uint8)", (None, size, size, 3))
         outputs = self._session.get_outputs()
         ranks = {port.name: len(port.shape) for port in outputs}
-        self.per_tile: tuple[int, ...] = () if classes == 2 and ranks.get(graph.output) != 2 else (classes,)
-        _check_port(bundle, "output", outputs, graph.output, "tensor(float)", (None, *self.per_tile))
-        if self.per_tile and bundle.fields.context is not None:
+        per_tile = () if classes == 2 and ranks.get(graph.output) != 2 else (classes,)
+        _check_port(bundle, "output", outputs, graph.output, "tensor(float)", (None, *per_tile))
+        if per_tile and bundle.fields.context is not None:
             problem = f"context: is for a graph of one probability a tile, and {graph.output!r} gives {classes}"
             raise ModelError(bundle.folder, problem)
 
-    def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """See `Runtime.predict`."""
-        (probability,) = self._session.run([self._output], {self._input: np.ascontiguousarray(tiles)})
+        super().__init__(per_tile, threads)
+
+    def _score(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        (probability,) = self._session.run([self._output], {self._input: tiles})
         wanted = (len(tiles), *self.per_tile)
         if probability.shape != wanted:
             problem = f"graph.output: {self._output!r} gave {probability.shape}, the bundle's classes need {wanted}"
@@ -131,14 +191,12 @@ def _check_port(
         raise ModelError(bundle.folder, f"graph.{which}: {name!r} is {port.type} {port.shape}, {needed}")
 
 
-class TorchRuntime:
+class TorchRuntime(_SideBySide):
     """A bundle's network in torch, from safetensors: on CUDA, and on the CPU where there is no float32 graph.
 
     Raises:
         ModelError: the weights do not fit the network.
     """
-
-    per_tile: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -153,28 +211,20 @@ class TorchRuntime:
         from wsi_idc.model.network import load_network
 
         assert bundle.fields.network is not None
-        if threads and device == "cpu":
-            torch.set_num_threads(threads)
         self._torch = torch
         self._device = torch.device(device)
         self._half = precision == "float16"
         if device == "cuda" and not self._half:
             torch.backends.cudnn.allow_tf32 = False  # which would make float32 a name for less
         self._network = load_network(bundle.fields.network, bundle.weights).eval().to(self._device)
+        torch.get_num_threads()  # from here on, this thread's own number stays what it is
+        alone = partial(torch.set_num_threads, 1) if device == "cpu" else None
+        super().__init__((), threads if device == "cpu" else 1, alone)
 
-    def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """See `Runtime.predict`."""
-        if self._device.type == "cuda":
-            return self._run(tiles)
-        # torch adds up in another order where a batch has another size (differences to 1.2e-7): here all have one.
-        parts = [self._run(_padded(tiles[start : start + BATCH])) for start in range(0, len(tiles), BATCH)]
-        return np.concatenate([np.empty(0, np.float32), *parts])[: len(tiles)]
-
-    def _run(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _score(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         torch = self._torch
-        batch = torch.from_numpy(np.ascontiguousarray(tiles))
-        cuda = self._device.type == "cuda"
-        if cuda:
+        batch = torch.from_numpy(tiles)
+        if self._device.type == "cuda":
             batch = batch.pin_memory()
         with torch.inference_mode(), torch.autocast(self._device.type, torch.float16, enabled=self._half):
             logits = self._network(batch.to(self._device, non_blocking=True))
@@ -184,5 +234,6 @@ class TorchRuntime:
 
 def _padded(tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A batch of `BATCH` tiles, black ones at its end: the result is cut to those that were given."""
-    missing = BATCH - len(tiles)
-    return np.concatenate([tiles, np.zeros((missing, *tiles.shape[1:]), np.uint8)]) if missing else tiles
+    if len(tiles) == BATCH:
+        return np.ascontiguousarray(tiles)
+    return np.concatenate([tiles, np.zeros((BATCH - len(tiles), *tiles.shape[1:]), np.uint8)])
