@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.work.clusters import Cluster
 from tests.work.standin import StandIn
 from wsi_idc.work import cluster
-from wsi_idc.work.jobs import run_jobs
+from wsi_idc.work.jobs import Supply, run_jobs
 
 
 class Count:
@@ -50,7 +50,7 @@ def over(one, jobs, slots):
             time.sleep(0.2)
         place.admit(jobs)
         listener, start = Count(), time.monotonic()
-        run_jobs(place, jobs, listener)
+        run_jobs(place, Supply(jobs), listener)
         return time.monotonic() - start, listener
 
 

@@ -336,6 +336,9 @@ class Recorder:
     def ended(self, job_id, outcome):
         self.outcomes[job_id] = outcome
 
+    def left_out(self, job_id):
+        self.started.remove(job_id)
+
 
 @pytest.fixture
 def recorder() -> Recorder:

@@ -65,6 +65,23 @@ def test_the_bar_knows_the_rate_and_the_time_left():
     assert bar.fields["completed"] == 0
 
 
+def test_a_slide_that_does_not_come_after_all_is_no_longer_waited_for(capsys):
+    listener = SlideListener(Console(), "infer", 2, None)
+    listener.left_out("a")
+    listener.ended("b", Outcome("done", 5))
+    assert capsys.readouterr().out == "done b: 5 tiles (infer, 1 of 1 slides)\n"
+
+
+def test_what_a_worker_told_may_come_after_the_slide_has_ended():
+    clock = Clock()
+    listener = SlideListener(Console(), "infer", 2, None, clock)
+    clock.now = 10.0
+    listener.ended("a", Outcome("done", 5, seconds=10.0))
+    listener.prepared("a", 5)
+    listener.advanced("a", 5)
+    assert listener.seconds_left == 10.0
+
+
 class Clock:
     """A clock that stands until it is set."""
 
@@ -166,7 +183,7 @@ def test_plain_lines_count_the_slides(capsys):
     listener.ended("a", Outcome("done", 1234, warnings=("odd",)))
     listener.ended("b", Outcome("failed", reason="broken"))
     output = capsys.readouterr()
-    assert output.out == "done a: 1,234 tiles (1 of 2 slides)\n"
+    assert output.out == "done a: 1,234 tiles (extract, 1 of 2 slides)\n"
     assert output.err == "warning a: odd\nfailed b: broken\n"
 
 

@@ -356,7 +356,11 @@ def test_room_is_asked_for_by_what_slides_took_so_far():
         """A million tiles of 50 px take some 5 GB."""
         return [
             PlannedSlide(
-                Row(f"s{n}", Path(f"s{n}"), "p"), Plan(action, ""), {}, tiles=tiles if action == "skip" else None
+                Row(f"s{n}", Path(f"s{n}"), "p"),
+                Plan(action, ""),
+                {},
+                CutSettings(),
+                tiles=tiles if action == "skip" else None,
             )
             for n, action in enumerate(actions)
         ]

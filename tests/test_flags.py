@@ -277,7 +277,7 @@ def test_a_map_is_held_against_what_the_same_model_said_of_validation_slides(sto
         changed = usual().model_copy(update={"maps": maps})
         with monkeypatch.context() as patched:
             patched.setattr(module, "usual", lambda: changed)
-            return kinds(module.of_map(slide, model, probability, probability))
+            return kinds(module.of_map(slide, model, probability, probability, slide.blur, slide.pen))
 
     assert known() == ["beyond validation"]
     assert known(highest=9.0) == known(model="other") == known(digests=("other",)) == []

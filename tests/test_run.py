@@ -5,16 +5,24 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from wsi_idc import cli, infer
+from wsi_idc import cli, side_by_side
 from wsi_idc.errors import ClusterError
+from wsi_idc.extract import extract
+from wsi_idc.infer import infer
+from wsi_idc.manifest import read_manifest
+from wsi_idc.model.bundle import read_bundle
 from wsi_idc.run import Night, Stage, summary_text
-from wsi_idc.store import hold_store
+from wsi_idc.settings import ExtractSettings, InferSettings
+from wsi_idc.store import hold_store, open_store
+from wsi_idc.work.cut import CutJob
 from wsi_idc.work.jobs import Outcome, Summary
 
 SETTINGS = """
@@ -111,6 +119,51 @@ def test_a_night_does_all_stages_and_the_next_one_only_what_failed(night, capsys
     assert failed["seconds"] > 0 and re.match(r"\d{4}-.*\+00:00$", failed["time"])
 
 
+def test_pixels_are_kept_where_that_is_said_and_stay_where_they_are(night, capsys):
+    run()
+    assert not open_store("tiles.zarr").slide("a").has_pixels
+    table = (night / "export/csv/a.csv").read_text()
+    assert run("--pixels") == 1
+    store = open_store("tiles.zarr")
+    assert store.slide("a").has_pixels
+    # Sharpness and ink are the same, whoever measured them, and so is all else.
+    assert (night / "export/csv/a.csv").read_text() == table
+    assert run() == 1
+    assert open_store("tiles.zarr").slide("a").identity == store.slide("a").identity
+
+
+def test_both_stages_give_what_their_commands_give(night, recorder):
+    run()
+    rows, store = read_manifest(night / "manifest.csv"), open_store("tiles.zarr")
+    extract(rows, "other.zarr", ExtractSettings(), listener=recorder)
+    infer("other.zarr", read_bundle(night / "bundle"), InferSettings(), listener=recorder)
+    other = open_store("other.zarr")
+    assert store.slide_ids() == other.slide_ids() == ["a", "b", "empty"]
+    for name in store.slide_ids():
+        mine, theirs = store.map("mean", name), other.map("mean", name)
+        assert mine.attributes["flags"] == theirs.attributes["flags"]
+        assert np.array_equal(mine.read("probability"), theirs.read("probability"))
+        assert np.array_equal(mine.read("0"), theirs.read("0"), equal_nan=True)
+    assert store.slide_node("broken").record().failed == other.slide_node("broken").record().failed
+
+
+def test_a_slide_is_scored_while_others_are_cut(night, make, monkeypatch):
+    """The last slide is cut only once the first has its map: with the stages in turn, that would wait for ever."""
+    (night / "manifest.csv").write_text("path\na.tif\nb.tif\nlast.tif\n")
+    make.tissue_slide(night / "last.tif", 500, 400)
+    prepare = CutJob.prepare
+
+    def later(job, work):
+        until = time.monotonic() + 60
+        while job.job_id == "last" and not open_store("tiles.zarr").map("mean", "a").record.usable:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        return prepare(job, work)
+
+    monkeypatch.setattr(CutJob, "prepare", later)
+    assert run() == 0
+
+
 def test_quiet_says_only_what_went_wrong_and_the_log_has_it_all(night, capsys):
     assert run("-q") == 1
     told = capsys.readouterr()
@@ -140,11 +193,17 @@ def test_a_store_that_is_held_is_exit_code_75_and_the_files_say_so(night, capsys
 
 
 def test_what_was_done_before_a_cluster_was_lost_is_told(night, monkeypatch, capsys):
-    def lost(*arguments, listener, **options):
-        listener(["a", "b"]).ended("a", Outcome("done", 24))
+    both = side_by_side.run_jobs
+
+    def lost(place, jobs, listener, *, urgency=0, **options):
+        if not urgency:
+            return both(place, jobs, listener, **options)
+        while (job := jobs.take()) is None or job.job_id != "a":
+            time.sleep(0.01)
+        listener.ended("a", Outcome("done", 24))
         raise ClusterError("the scheduler", "it is lost", "the same command goes on")
 
-    monkeypatch.setattr(infer, "infer", lost)
+    monkeypatch.setattr(side_by_side, "run_jobs", lost)
     assert run() == 1
     text = (night / "summary.txt").read_text()
     assert "not finished, 1 failed\n" in text and "the scheduler: it is lost; the same command goes on" in text

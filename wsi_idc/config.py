@@ -193,6 +193,12 @@ class InForce:
         return build(ExtractSettings, tile=tile, **said)
 
     @cached_property
+    def extract_in_run(self) -> ExtractSettings:
+        """How `run` cuts tiles: their pixels are kept only where that was said, as nothing else asks for them."""
+        said = "pixels" in self.joined.extract.model_fields_set
+        return self.extract if said else self.extract.model_copy(update={"pixels": False})
+
+    @cached_property
     def infer(self) -> InferSettings:
         """How maps are made."""
         said = self._said("infer")

@@ -42,6 +42,8 @@ class Console:
     def __init__(self, *, json_lines: bool = False, verbosity: int = 0) -> None:
         self.json_lines, self.verbosity = json_lines, verbosity
         self._log: _LogFile | None = None
+        self._bar: Progress | None = None
+        self._telling = 0
 
     def log_to(self, path: Path) -> None:
         """Also keep what is told, whatever of it is shown, in a file with the time of each line.
@@ -101,11 +103,21 @@ class Console:
     @contextmanager
     def progress(self, verb: str) -> "Iterator[ProgressFactory]":
         """Progress of the slides that a command runs."""
-        factory = ProgressFactory(self, verb)
+        self._telling += 1
         try:
-            yield factory
+            yield ProgressFactory(self, verb)
         finally:
-            factory.close()
+            self._telling -= 1
+            if self._bar is not None and not self._telling:
+                self._bar.stop()
+                self._bar = None
+
+    def bar(self) -> "Progress":
+        """What is drawn, one for all that is under way: a terminal has room for one."""
+        if self._bar is None:
+            self._bar = _make_bar()
+            self._bar.start()
+        return self._bar
 
     def summary(self, command: str, summary: "Summary") -> None:
         """The closing table."""
@@ -191,19 +203,11 @@ class ProgressFactory:
 
     def __init__(self, console: Console, verb: str) -> None:
         self._console, self._verb = console, verb
-        self._bar: Progress | None = None
 
     def __call__(self, slides: Sequence[str]) -> "Listener":
         """The listener for the slides that will be run."""
-        if slides and self._console.draws:
-            self._bar = _make_bar()
-            self._bar.start()
-        return SlideListener(self._console, self._verb, len(slides), self._bar)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
+        bar = self._console.bar() if slides and self._console.draws else None
+        return SlideListener(self._console, self._verb, len(slides), bar)
 
 
 def _make_bar() -> "Progress":
@@ -247,6 +251,7 @@ class SlideListener:
         self._tiles = self._failed = 0
         self._known: dict[str, int] = {}
         self._partial: dict[str, int] = {}
+        self._over: set[str] = set()
         self._done_s: list[float] = []
         self._failed_s: list[float] = []
         self._task = None if bar is None else bar.add_task(verb, total=slides, tiles=0, rate=0.0, left="")
@@ -257,17 +262,27 @@ class SlideListener:
 
     def prepared(self, job_id: str, tiles: int) -> None:
         """See `Listener.prepared`."""
-        self._known[job_id] = tiles
+        if job_id not in self._over:
+            self._known[job_id] = tiles
 
     def advanced(self, job_id: str, tiles: int) -> None:
         """See `Listener.advanced`."""
         self._tiles += tiles
-        self._partial[job_id] = self._partial.get(job_id, 0) + tiles
+        if job_id not in self._over:
+            self._partial[job_id] = self._partial.get(job_id, 0) + tiles
         self._tell()
+
+    def left_out(self, job_id: str) -> None:
+        """See `Listener.left_out`."""
+        self._slides -= 1
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=self._slides)
 
     def ended(self, job_id: str, outcome: "Outcome") -> None:
         """See `Listener.ended`."""
         (self._done_s if outcome.status == "done" else self._failed_s).append(outcome.seconds or 0.0)
+        # What its worker told comes by another way, and may come later.
+        self._over.add(job_id)
         self._known.pop(job_id, None)
         self._partial.pop(job_id, None)
         self._console.record(
@@ -287,7 +302,7 @@ class SlideListener:
             if os.environ.get("WSI_IDC_DEBUG"):
                 self._trouble(outcome.detail)
         else:
-            line = f"done {job_id}: {outcome.tiles:,} tiles ({self._ended} of {self._slides} slides)"
+            line = f"done {job_id}: {outcome.tiles:,} tiles ({self._verb}, {self._ended} of {self._slides} slides)"
             (self._console.line if self._bar is None else self._console.log)(line)
         self._tell()
 

@@ -1,7 +1,8 @@
 """Stage 1: from slides to tiles in the store."""
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class PlannedSlide:
         row: its line of the manifest.
         plan: what to do.
         made_from: what its tiles would be made from; None where its source cannot be read.
+        settings: how it is cut.
         trouble: why it cannot.
         seen: what is known of its objects.
         described: whether the store has the manifest's words about it.
@@ -34,6 +36,7 @@ class PlannedSlide:
     row: Row
     plan: Plan
     made_from: dict[str, Any] | None
+    settings: CutSettings
     trouble: SlideError | None = None
     seen: Seen = field(default_factory=dict, hash=False)
     described: bool = False
@@ -44,28 +47,38 @@ _EARLIER = {"icc": False}
 """What slides were made from before it had a name in their record."""
 
 
-def plan_slide(row: Row, store: Store | None, settings: CutSettings, *, force: bool) -> PlannedSlide:
-    """What to do with one slide of the manifest."""
+def plan_slide(
+    row: Row, store: Store | None, settings: CutSettings, *, force: bool, keep_pixels: bool = False
+) -> PlannedSlide:
+    """What to do with one slide of the manifest; see `cutting` for `keep_pixels`."""
     record = Record() if store is None else store.slide_node(row.slide_id).record()
+    if keep_pixels and (record.made_from or {}).get("pixels"):
+        settings = settings.model_copy(update={"pixels": True})
     known = record.attributes.get("seen")
     seen: Seen = dict(known) if isinstance(known, dict) else {}
     try:
         need = made_from(row, settings, seen)
     except SlideError as error:
-        return _unreadable(row, error)
+        return _unreadable(row, error, settings)
     described = all(record.attributes.get(name) == value for name, value in describe(row, seen).items())
     made = None if record.made_from is None else {**_EARLIER, **record.made_from}
     decided = plan(need, made, record.trouble, force=force)
     tiles = (record.complete or {}).get("tiles") if decided.action == "skip" else None
-    return PlannedSlide(row, decided, need, seen=seen, described=described, tiles=tiles)
+    return PlannedSlide(row, decided, need, settings, seen=seen, described=described, tiles=tiles)
 
 
-def _unreadable(row: Row, error: SlideError) -> PlannedSlide:
-    return PlannedSlide(row, Plan("run", "its source cannot be read"), None, error)
+def _unreadable(row: Row, error: SlideError, settings: CutSettings) -> PlannedSlide:
+    return PlannedSlide(row, Plan("run", "its source cannot be read"), None, settings, error)
 
 
 def plan_slides(
-    rows: Sequence[Row], store: Store | None, settings: CutSettings, *, force: bool, strict: bool = False
+    rows: Sequence[Row],
+    store: Store | None,
+    settings: CutSettings,
+    *,
+    force: bool,
+    strict: bool = False,
+    keep_pixels: bool = False,
 ) -> list[PlannedSlide]:
     """What to do with every slide, in the manifest's order; sources are looked at eight at a time.
 
@@ -79,8 +92,8 @@ def plan_slides(
 
     def plan_one(row: Row) -> PlannedSlide:
         if error := next((dead[url.bucket] for url in row.urls if url.bucket in dead), None):
-            return _unreadable(row, SlideError(row.path, error.problem, error.advice))
-        planned = plan_slide(row, store, settings, force=force)
+            return _unreadable(row, SlideError(row.path, error.problem, error.advice), settings)
+        planned = plan_slide(row, store, settings, force=force, keep_pixels=keep_pixels)
         cause = planned.trouble and planned.trouble.__cause__
         if isinstance(cause, ObjectsError) and cause.errno in _DEAD:
             dead.update((url.bucket, planned.trouble) for url in row.urls if planned.trouble)
@@ -152,6 +165,65 @@ def refresh(slides: Sequence[PlannedSlide], store: Store) -> None:
     at_once(lambda slide: store.slide_node(slide.row.slide_id).update(describe(slide.row, slide.seen)), stale)
 
 
+@dataclass(frozen=True)
+class Cutting:
+    """What is to be cut in a store that is held.
+
+    Attributes:
+        plans: slide id -> what was decided, in the manifest's order.
+        jobs: those that are to be done.
+    """
+
+    plans: dict[str, Plan]
+    jobs: list[CutJob]
+
+    @property
+    def names(self) -> list[str]:
+        """The slides to be done."""
+        return [job.job_id for job in self.jobs]
+
+
+@contextmanager
+def cutting(
+    held: Store,
+    rows: Sequence[Row],
+    settings: ExtractSettings,
+    *,
+    force: bool = False,
+    strict: bool = False,
+    keep_pixels: bool = False,
+) -> Iterator[Cutting]:
+    """Plan what is to be cut, and bring the manifest's words about the rest up to date; copies are deleted at the end.
+
+    Args:
+        held: the store.
+        rows, settings, force, strict: see `extract`.
+        keep_pixels: whether slides whose pixels the store has keep them, where the settings want none.
+
+    Raises:
+        UsageError, StoreError: see `extract`.
+    """
+    check_stage(rows, settings)
+    cut, stage = settings.cut(), stage_of(settings, here=not settings.elsewhere)
+    planned = plan_slides(rows, held, cut, force=force, strict=strict, keep_pixels=keep_pixels)
+    check_room(planned, held, cut)
+    refresh(planned, held)
+    jobs = [
+        CutJob(slide.row, held.ticket, slide.settings, slide.made_from, stage, slide.seen)
+        for slide in planned
+        if slide.plan.action != "skip"
+    ]
+    try:
+        yield Cutting({slide.row.slide_id: slide.plan for slide in planned}, jobs)
+    finally:
+        for job in jobs if stage is not None else []:
+            job.drop()
+
+
+OVERLAP = 2
+"""Slides under way in each process: while one is decoded, another fills the gaps of opening and masking."""
+
+
 def extract(
     rows: Sequence[Row],
     store: str | Path,
@@ -181,22 +253,10 @@ def extract(
     """
     from wsi_idc.work import places
 
+    # Local processes are as many as the cores, so one slide each; with a stage another is copied meanwhile.
+    place = places.place(settings, overlap=1 if settings.workers and not settings.stage else OVERLAP)
     check_stage(rows, settings)
-    cut, stage = settings.cut(), stage_of(settings, here=not settings.elsewhere)
-    # A slide's own decoding is spread over threads; another under way fills the gaps of opening and masking. With a
-    # stage it is copied meanwhile, in every process.
-    place = places.place(settings, overlap=1 if settings.workers and stage is None else 2)
-    with hold_store(store, create=True) as held:
-        planned = plan_slides(rows, held, cut, force=force, strict=strict)
-        check_room(planned, held, cut)
-        refresh(planned, held)
-        todo = [slide for slide in planned if slide.plan.action != "skip"]
-        jobs = [CutJob(slide.row, held.ticket, cut, slide.made_from, stage, slide.seen) for slide in todo]
-        plans = {slide.row.slide_id: slide.plan for slide in planned}
-        try:
-            names = [job.job_id for job in jobs]
-            summary = carry_out(place, plans, jobs, Telling(held, "extract", names, listener(names)))
-        finally:
-            for job in jobs if stage is not None else []:
-                job.drop()
+    with hold_store(store, create=True) as held, cutting(held, rows, settings, force=force, strict=strict) as work:
+        told = Telling(held, "extract", work.names, listener(work.names))
+        summary = carry_out(place, work.plans, work.jobs, told)
         return replace(summary, notes=(*held.notes, *summary.notes))

@@ -248,6 +248,8 @@ def of_map(
     model: Mapping[str, Any],
     probability: NDArray[np.float32],
     alone: NDArray[np.float32],
+    blur: NDArray[np.float32],
+    pen: NDArray[np.float32],
 ) -> Iterator[Flag]:
     """What a person should look at on a map that has just been made.
 
@@ -256,9 +258,7 @@ def of_map(
         model: name, digest and threshold, as the map's attributes have them.
         probability: float32 (n,), P(positive).
         alone: float32 (n,), the same by each tile's own pixels: where neighbours take part, a smooth map is usual.
-
-    Raises:
-        StoreDamageError: blur or pen are not what was written.
+        blur, pen: float32 (n,), as `tissue.tile_quality` gives them.
     """
     if not slide.count:
         return
@@ -267,7 +267,7 @@ def of_map(
     if part > ONE_VALUE and len(own) >= ONE_VALUE_TILES:
         reason = f"{part:.0%} of {len(own):,} tiles have the same probability ({1 / (1 + np.exp(-middle)):.3g})"
         yield Flag("one value", reason)
-    yield from _high(slide, probability >= model["threshold"])
+    yield from _high(slide.spec.mpp, probability >= model["threshold"], blur, pen)
     known = usual().maps
     if model["name"] == known.model and model["digest"] in known.digests:
         extreme = float(np.quantile(own, EXTREME))
@@ -277,18 +277,18 @@ def of_map(
             yield Flag("beyond validation", reason)
 
 
-def _high(slide: StoredSlide, high: NDArray[np.bool_]) -> Iterator[Flag]:
-    """Tiles above the threshold that are less sharp than any IDC tile, or more inked; NaN (no pixels) is neither."""
+def _high(mpp: float, high: NDArray[np.bool_], blur: NDArray[np.float32], pen: NDArray[np.float32]) -> Iterator[Flag]:
+    """Tiles above the threshold that are less sharp than any IDC tile, or more inked."""
     known, count = usual().high, int(high.sum())
     if count < HIGH_TILES:
         return
     # The sharpness of a picture is another at another resolution; the colour of ink is not.
-    if abs(slide.spec.mpp / known.mpp - 1) < 0.01:
-        blurred = int((slide.blur[high] < known.least_blur).sum())
+    if abs(mpp / known.mpp - 1) < 0.01:
+        blurred = int((blur[high] < known.least_blur).sum())
         if blurred > HIGH_PART * count:
             reason = f"{blurred:,} of {count:,} tiles above the threshold are less sharp than any IDC tile of training"
             yield Flag("high on blur", reason)
-    inked = int((slide.pen[high] > known.most_pen).sum())
+    inked = int((pen[high] > known.most_pen).sum())
     if inked > HIGH_PART * count:
         reason = f"{inked:,} of {count:,} tiles above the threshold have more of the colour of ink than any IDC tile"
         yield Flag("high on ink", f"{reason} of training")

@@ -1,6 +1,7 @@
 """Stage 2: from tiles to one probability map a slide."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,11 +29,81 @@ class PlannedMaps:
         read: slide id -> what will have to be read of it, since the store does not hold its pixels.
     """
 
-    plans: Mapping[str, Plan]
-    refused: Mapping[str, str]
-    left_out: Sequence[str] = ()
-    unlisted: Sequence[str] = ()
-    read: Mapping[str, Sequence[Wanted]] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
+    read: dict[str, Sequence[Wanted]] = field(default_factory=dict)
+
+
+class Planner:
+    """Decides what to do with the maps of slides, also of such as are cut later.
+
+    Attributes:
+        planned: what was decided so far.
+        refusal: why the model cannot score the first of those that it cannot; None where there are none.
+
+    Args:
+        store: where they are.
+        bundle: the model.
+        form: in which it runs.
+        force: do again what is up to date.
+    """
+
+    def __init__(self, store: Store, bundle: LoadedBundle, form: Form, *, force: bool) -> None:
+        self.planned = PlannedMaps()
+        self.refusal: ModelError | None = None
+        self.store, self.bundle = store, bundle
+        self.need, self._force = bundle.made_from(form), force
+
+    def decide(self, name: str, *, only: bool = False) -> "_Decision":
+        """What to do with a slide.
+
+        Raises:
+            StoreError: it is not extracted, where it is one of `only`.
+        """
+        try:
+            slide = self.store.slide(name) if only else self.store.look(name)[1]
+            if slide is None:
+                return _Decision()
+            self.bundle.check_fits(slide.spec)
+        except ModelError as error:
+            return _Decision(Plan("run", "the model does not fit its tiles"), error)
+        except StoreDamageError as error:
+            # Its job finds the same, names it, and hides the slide until it is cut again: the others go on.
+            return _Decision(Plan("run", error.problem))
+        plan = self.store.map(self.bundle.fields.name, name).plan(slide, self.need, force=self._force)
+        return _Decision(plan, read=() if plan.action == "skip" or slide.has_pixels else wanted(slide))
+
+    def decide_all(self, names: Sequence[str], *, only: bool = False) -> list[str]:
+        """Decide on slides, and keep what was decided; gives those that are to be scored.
+
+        Raises:
+            StoreError: see `decide`.
+        """
+        todo = []
+        for name, decision in zip(names, at_once(lambda name: self.decide(name, only=only), names), strict=True):
+            if decision.plan is None:
+                self.planned.left_out.append(name)
+                continue
+            self.planned.plans[name] = decision.plan
+            if decision.refusal is not None:
+                self.planned.refused[name] = str(decision.refusal)
+                self.refusal = self.refusal or decision.refusal
+            elif decision.plan.action != "skip":
+                todo.append(name)
+            if decision.read:
+                self.planned.read[name] = decision.read
+        return todo
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What to do with a map (None: nothing can be), why the model cannot, and what will be read of the slide."""
+
+    plan: Plan | None = None
+    refusal: ModelError | None = None
+    read: Sequence[Wanted] = ()
 
 
 def plan_maps(
@@ -61,45 +132,26 @@ def plan_maps(
     """
     if listed is not None and (strange := sorted(set(only) - set(listed))):
         raise UsageError(f"--only {strange[0]}", "no such slide_id in the manifest", "correct it, or leave one out")
-    _check_name(store, bundle, force=force)
-    need = bundle.made_from(form)
-
-    def plan_one(name: str) -> tuple[Plan | None, ModelError | None, list[Wanted]]:
-        """What to do (None: nothing can be), why the model cannot, and what will have to be read of the slide."""
-        try:
-            slide = store.slide(name) if only else store.look(name)[1]
-            if slide is None:
-                return None, None, []
-            bundle.check_fits(slide.spec)
-        except ModelError as error:
-            return Plan("run", "the model does not fit its tiles"), error, []
-        except StoreDamageError as error:
-            # Its job finds the same, names it, and hides the slide until it is cut again: the others go on.
-            return Plan("run", error.problem), None, []
-        plan = store.map(bundle.fields.name, name).plan(slide, need, force=force)
-        return plan, None, [] if plan.action == "skip" or slide.has_pixels else wanted(slide)
-
-    names, unlisted = sorted(set(only)), list[str]()
+    check_name(store, bundle, force=force)
+    planner = Planner(store, bundle, form, force=force)
+    planned, names = planner.planned, sorted(set(only))
     if not only:
         names = store.all_slide_ids()
         if listed is not None:
             names, unlisted = sorted(set(listed)), sorted(set(names) - set(listed))
-    found = dict(zip(names, at_once(plan_one, names), strict=True))
-    plans = {name: plan for name, (plan, _, _) in found.items() if plan is not None}
-    refused = {name: error for name, (_, error, _) in found.items() if error is not None}
-    if refused and len(refused) == len(plans):
-        raise next(iter(refused.values()))
-    return PlannedMaps(
-        plans,
-        {name: str(error) for name, error in refused.items()},
-        [name for name, (plan, _, _) in found.items() if plan is None],
-        unlisted,
-        {name: read for name, (_, _, read) in found.items() if read},
-    )
+            planned.unlisted.extend(unlisted)
+    planner.decide_all(names, only=bool(only))
+    if planner.refusal is not None and len(planned.refused) == len(planned.plans):
+        raise planner.refusal
+    return planned
 
 
-def _check_name(store: Store, bundle: LoadedBundle, *, force: bool) -> None:
-    """Refuse to replace the maps of another model that has the same name."""
+def check_name(store: Store, bundle: LoadedBundle, *, force: bool) -> None:
+    """Refuse to replace the maps of another model that has the same name.
+
+    Raises:
+        ModelError: the store has such.
+    """
     name = bundle.fields.name
     known = store.model_attributes(name).get("files")
     if isinstance(known, list) and known and not force and not bundle.digests() & set(map(str, known)):
@@ -141,44 +193,103 @@ def infer(
     """
     from wsi_idc.work import places
 
-    stage = stage_of(settings, here=not settings.elsewhere)
-    # With a stage, a second slide is copied while the first one is scored.
-    place = places.place(settings, overlap=1 if stage is None else 2)
+    place = places.place(settings, overlap=OVERLAP)
     form = bundle.form(settings.precision, cuda=settings.gpus > 0)
-    if not settings.gpus and not settings.elsewhere:
-        # With the threads that a task will have: in this process it is then loaded already when the first one runs.
-        loaded(bundle.folder, form, places.threads_of(settings.workers, settings.threads))
+    load_here(bundle, form, settings)
     with hold_store(store) as held:
         planned = plan_maps(held, bundle, form, only=only, listed=listed, force=force)
-        name, need = bundle.fields.name, bundle.made_from(form)
-        todo = [slide for slide, plan in planned.plans.items() if plan.action != "skip"]
-        far = next((read[0][0] for read in planned.read.values() if isinstance(read[0][0], Url)), None)
-        if stage is None and far is not None:
+        with scoring(held, bundle, form, settings, planned) as work:
+            jobs = work.jobs()
+            todo = [*planned.refused, *(job.job_id for job in jobs)]
+            told = Telling(held, "infer", todo, listener(todo))
+            for slide, outcome in work.refused.items():
+                told.ended(slide, outcome)
+            summary = carry_out(place, planned.plans, jobs, told)
+        notes = (*left_out(planned), *summary.notes)
+        return replace(summary, outcomes={**work.refused, **summary.outcomes}, notes=notes)
+
+
+OVERLAP = 2
+"""Slides under way in each process: while one is scored, the next is read, and the last one's map written."""
+
+
+def load_here(bundle: LoadedBundle, form: Form, settings: InferSettings) -> None:
+    """Load the model with the threads that a task will have, unless no task can run in this process.
+
+    In this process it is then there already when the first one runs; one that cannot be loaded ends the run before
+    anything is done.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from wsi_idc.work import places
+
+    if not settings.gpus and not settings.elsewhere:
+        loaded(bundle.folder, form, places.threads_of(settings.workers, settings.threads))
+
+
+class Scoring:
+    """Makes the jobs of `infer`; see `scoring`."""
+
+    def __init__(
+        self, held: Store, bundle: LoadedBundle, form: Form, settings: InferSettings, planned: PlannedMaps
+    ) -> None:
+        self._held, self._bundle, self._form, self._settings = held, bundle, form, settings
+        self.planned, self.stage = planned, stage_of(settings, here=not settings.elsewhere)
+        self._noted = False
+
+    @property
+    def refused(self) -> dict[str, Outcome]:
+        """The slides that the model cannot score."""
+        return {slide: Outcome("failed", reason=reason) for slide, reason in self.planned.refused.items()}
+
+    def jobs(self) -> list[ScoreJob]:
+        """One for each slide that is to be scored by the plan.
+
+        Raises:
+            UsageError: a slide lies in an object store, its pixels are not in the store, and there is no stage.
+        """
+        plans, refused = self.planned.plans, self.planned.refused
+        far = next((read[0][0] for read in self.planned.read.values() if isinstance(read[0][0], Url)), None)
+        if self.stage is None and far is not None:
             advice = "give --stage DIR, a local folder that slides are copied to"
             raise UsageError(far, "lies in an object store, and the store has no pixels of it", advice)
-        if todo:
-            held.put_model(name, {"model": name, "files": sorted(bundle.digests())})
+        return [self.job(slide) for slide, plan in plans.items() if plan.action != "skip" and slide not in refused]
+
+    def job(self, slide: str) -> ScoreJob:
+        """The job of a slide."""
+        bundle, form = self._bundle, self._form
+        if not self._noted:
+            # Which model's maps these are is told before the first of them.
+            self._noted = True
+            self._held.put_model(bundle.fields.name, {"model": bundle.fields.name, "files": sorted(bundle.digests())})
         folder = None if bundle.folder == SHIPPED else bundle.folder.absolute()
-        jobs = [
-            ScoreJob(slide, held.ticket, folder, bundle.fields, form, need, settings.batch_size, stage)
-            for slide in todo
-            if slide not in planned.refused
-        ]
-        told = Telling(held, "infer", todo, listener(todo))
-        refused = {}
-        for slide, reason in planned.refused.items():
-            refused[slide] = Outcome("failed", reason=reason)
-            told.ended(slide, refused[slide])
-        try:
-            summary = carry_out(place, planned.plans, jobs, told)
-        finally:
-            for read in planned.read.values():
-                drop(stage, read)
-        notes = (*_left_out(planned), *summary.notes)
-        return replace(summary, outcomes={**refused, **summary.outcomes}, notes=notes)
+        need, batch = bundle.made_from(form), self._settings.batch_size
+        return ScoreJob(slide, self._held.ticket, folder, bundle.fields, form, need, batch, self.stage)
+
+    def close(self) -> None:
+        """Delete what was copied."""
+        for read in self.planned.read.values():
+            drop(self.stage, read)
 
 
-def _left_out(planned: PlannedMaps) -> list[str]:
+@contextmanager
+def scoring(
+    held: Store, bundle: LoadedBundle, form: Form, settings: InferSettings, planned: PlannedMaps
+) -> Iterator[Scoring]:
+    """The jobs of a plan in a store that is held; what they copied is deleted at the end.
+
+    Raises:
+        UsageError: the stage is no folder that can be written to.
+    """
+    work = Scoring(held, bundle, form, settings, planned)
+    try:
+        yield work
+    finally:
+        work.close()
+
+
+def left_out(planned: PlannedMaps) -> list[str]:
     """Lines on slides of the store that get no map."""
     notes = []
     for names, what, see in (

@@ -177,6 +177,16 @@ class Result:
         """float32 (n,): part of the tile that is tissue."""
         return self.slide.tissue
 
+    @property
+    def blur(self) -> NDArray[np.float32]:
+        """float32 (n,): how sharp each tile is; measured where its pixels were read first."""
+        return self.map.read("blur") if self.map.has("blur") else self.slide.blur
+
+    @property
+    def pen(self) -> NDArray[np.float32]:
+        """float32 (n,): part of each tile that has the colour of ink."""
+        return self.map.read("pen") if self.map.has("pen") else self.slide.pen
+
     @cached_property
     def _stored(self) -> NDArray[np.float32]:
         """float32 (n,) of the second of two classes, or (n, class): as the map has it."""

@@ -1,14 +1,15 @@
-"""The night: extract, infer, exports and report of a manifest, one after the other, each doing what is new or changed.
+"""The night: extract, infer, exports and report of a manifest, each doing what is new or changed.
 
-A stage is what its command is. Here is only what comes of doing them together: what is refused before the first of
-them, what became of each slide in all of them, and the files that say so to those who were asleep.
+A stage is what its command is; extract and infer go side by side (`side_by_side.py`), the others follow. Here is only
+what comes of doing them together: what is refused before the first of them, what became of each slide in all of them,
+and the files that say so to those who were asleep.
 """
 
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -144,6 +145,11 @@ class _Kept:
         if self._listener and job_id not in self._known:
             self._listener.ended(job_id, outcome)
 
+    def left_out(self, job_id: str) -> None:
+        """See `Listener.left_out`."""
+        if self._listener:
+            self._listener.left_out(job_id)
+
 
 def run(night: Night, settings: InForce, *, progress: Progress) -> None:
     """Bring tiles, maps and files of every slide of the manifest up to it.
@@ -158,10 +164,10 @@ def run(night: Night, settings: InForce, *, progress: Progress) -> None:
         WsiIdcError: what the stages raise; later stages are then not begun.
     """
     from wsi_idc.export.export import export
-    from wsi_idc.extract import check_stage, extract
-    from wsi_idc.infer import infer
+    from wsi_idc.extract import check_stage
     from wsi_idc.manifest import read_manifest
     from wsi_idc.model.bundle import SHIPPED, read_bundle
+    from wsi_idc.side_by_side import extract_and_infer
     from wsi_idc.store import open_store
     from wsi_idc.work import places
 
@@ -169,35 +175,54 @@ def run(night: Night, settings: InForce, *, progress: Progress) -> None:
     night.slides = [row.slide_id for row in rows]
     bundle = read_bundle(settings.model or SHIPPED)
     night.model = bundle.fields.name
-    bundle.check_fits(settings.extract.tile)
+    cut = settings.extract_in_run
+    bundle.check_fits(cut.tile)
     bundle.form(settings.infer.precision, cuda=settings.infer.gpus > 0)
-    check_stage(rows, settings.extract)
+    check_stage(rows, cut)
     places.place(settings.infer)
 
-    def stage(name: str, work: Callable[[Callable[[Sequence[str]], Listener]], Summary]) -> None:
+    @contextmanager
+    def stage(name: str) -> Iterator[tuple[Callable[[Summary], None], Callable[[Sequence[str]], Listener]]]:
+        """A stage under way: what is told its summary in the end, and what gives who is told of its slides."""
         known, outcomes, start = night.failures, dict[str, Outcome](), time.monotonic()
         one = Stage(name, Summary(dict[str, Plan](), outcomes, 0.0))
         night.stages.append(one)
+
+        def done(summary: Summary) -> None:
+            said = {note for stage in night.stages for note in stage.summary.notes}
+            notes = tuple(note for note in summary.notes if note not in said)
+            one.summary, one.finished = replace(summary, notes=notes), True
+
         with progress(name) as factory:
 
             def listener(slides: Sequence[str]) -> Listener:
                 return _Kept(outcomes, known, factory([slide for slide in slides if slide not in known]))
 
-            said = {note for stage in night.stages for note in stage.summary.notes}
             try:
-                done = work(listener)
-                notes = tuple(note for note in done.notes if note not in said)
-                one.summary, one.finished = replace(done, notes=notes), True
+                yield done, listener
             finally:
                 if not one.finished:
                     one.summary = Summary({}, outcomes, time.monotonic() - start)
 
     address, listed = settings.store, frozenset(night.slides)
-    stage("extract", lambda told: extract(rows, address, settings.extract, strict=settings.strict, listener=told))
+    with stage("extract") as (cut_done, cut_told), stage("infer") as (score_done, score_told):
+        of_cut, of_score = extract_and_infer(
+            rows,
+            address,
+            bundle,
+            cut,
+            settings.infer,
+            strict=settings.strict,
+            cut_told=cut_told,
+            score_told=score_told,
+        )
+        cut_done(of_cut)
+        score_done(of_score)
     if listed & set(open_store(address).slide_ids()):
-        stage("infer", lambda told: infer(address, bundle, settings.infer, listed=listed, listener=told))
-        stage("export", lambda told: export(address, str(bundle.folder), settings.export, listed=listed, listener=told))
-    stage("report", lambda told: _report(address, bundle.folder, settings.report, listed))
+        with stage("export") as (done, told):
+            done(export(address, str(bundle.folder), settings.export, listed=listed, listener=told))
+    with stage("report") as (done, _):
+        done(_report(address, bundle.folder, settings.report, listed))
 
 
 def _report(address: str, model: Path, settings: ReportSettings, listed: Collection[str]) -> Summary:

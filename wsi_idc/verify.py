@@ -392,7 +392,10 @@ def _check_map(stored: StoredMap, slide: StoredSlide | None, findings: list[Find
         raise node.damaged("probability", "it has values that are no probabilities")
     if stored.has("alone"):
         _expect(node, "alone", stored.read("alone"), probability.shape, np.float32)
-    for name in sorted(set(complete["checksums"]) - {"0", "probability", "alone"}):
+    for name in ("blur", "pen"):
+        if stored.has(name):
+            _expect(node, name, stored.read(name), (count,), _PER_TILE[name])
+    for name in sorted(set(complete["checksums"]) - {"0", "probability", "alone", "blur", "pen"}):
         stored.read(name)
     state = stored.state(slide)
     if slide is None or state.kind != "current":

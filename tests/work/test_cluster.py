@@ -19,7 +19,7 @@ from tests.work.test_jobs import Sum
 from wsi_idc.errors import ClusterError, UsageError, WorkersError
 from wsi_idc.store import open_store
 from wsi_idc.work import cluster
-from wsi_idc.work.jobs import run_jobs
+from wsi_idc.work.jobs import Supply, run_jobs
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_workers_that_retire_give_their_slides_back(started, recorder, tmp_path)
     one = started(2, "--lifetime", "8 seconds", "--lifetime-stagger", "2 seconds", "--lifetime-restart")
     jobs = [Slow(f"j{number}") for number in range(24)]
     with place_at(one, jobs, wait=60) as place:
-        outcomes = run_jobs(place, jobs, recorder)
+        outcomes = run_jobs(place, Supply(jobs), recorder)
     assert [outcome.status for outcome in outcomes.values()] == ["done"] * 24
 
 
@@ -166,7 +166,7 @@ def test_of_a_slide_that_kills_its_workers_the_others_do_not_suffer(started, rec
     one = started(2)
     jobs = [Sum("a"), Sum("poison", misbehave="die"), *(Sum(f"j{number}") for number in range(6))]
     with place_at(one, jobs) as place:
-        outcomes = run_jobs(place, jobs, recorder)
+        outcomes = run_jobs(place, Supply(jobs), recorder)
     assert {name for name, outcome in outcomes.items() if outcome.status == "failed"} == {"poison"}
     assert outcomes["poison"].reason.endswith(", each time")
     assert len(outcomes) == 8
@@ -198,7 +198,7 @@ def test_a_run_whose_workers_are_all_gone_does_not_wait_for_ever(started, record
     with place_at(one, jobs, wait=30) as place:
         place._wait = 3
         with pytest.raises(ClusterError, match="no worker is left, and none came within 3 s"):
-            run_jobs(place, jobs, recorder)
+            run_jobs(place, Supply(jobs), recorder)
 
 
 def test_who_comes_later_is_given_work_if_it_fits(started, recorder, tmp_path):
@@ -211,7 +211,7 @@ def test_who_comes_later_is_given_work_if_it_fits(started, recorder, tmp_path):
 
     with place_at(one, jobs) as place:
         threading.Thread(target=join).start()
-        outcomes = run_jobs(place, jobs, recorder)
+        outcomes = run_jobs(place, Supply(jobs), recorder)
         assert place.capacity.workers == 2
         assert len(place.workers) == 2
         assert [note.partition(": ")[2] for note in place.notes] == [
@@ -276,7 +276,7 @@ def test_a_worker_that_does_not_answer_holds_up_nobody_else(started, recorder, t
     with place_at(one, jobs) as place:
         one.add(1, TEST_HANGS="3600")
         place.client.wait_for_workers(2, timeout=30)
-        outcomes = run_jobs(place, jobs, recorder)
+        outcomes = run_jobs(place, Supply(jobs), recorder)
         assert len(place.workers) == 1
     assert [outcome.status for outcome in outcomes.values()] == ["done"] * 6
 
@@ -386,7 +386,7 @@ def test_two_thousand_slides_leave_the_clients_memory_as_it_was(started):
 
     listener = Listener()
     with place_at(one, jobs) as place:
-        outcomes = run_jobs(place, jobs, listener)
+        outcomes = run_jobs(place, Supply(jobs), listener)
     assert {outcome.status for outcome in outcomes.values()} == {"done"}
     assert list(listener.outcomes) == list(dict.fromkeys(listener.outcomes)) and len(outcomes) == 2000
     assert memory[1] - memory[0] < 32 * 2**20

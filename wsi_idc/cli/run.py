@@ -44,6 +44,9 @@ def run(
     strict: Annotated[
         bool, typer.Option("--strict", help="Do nothing if a slide, annotation or mask of the manifest is missing.")
     ] = False,
+    pixels: Annotated[
+        bool, typer.Option("--pixels", help="Keep the tiles' pixels in the store, as training needs them.")
+    ] = False,
     workers: WorkersOption = None,
     gpus: GpusOption = None,
     threads: ThreadsOption = None,
@@ -73,6 +76,7 @@ def run(
             "store": store,
             "model": None if model is None else str(model),
             "extract.strict": strict or None,
+            "extract.pixels": pixels or None,
             "workers": workers,
             "infer.gpus": gpus,
             "threads": threads,

@@ -44,8 +44,8 @@ def tile_columns(result: Result) -> dict[str, NDArray[Any]]:
         "y": position[:, 1],
         "tissue": result.tissue,
         "label": slide.idc,
-        "blur": slide.blur,
-        "pen": slide.pen,
+        "blur": result.blur,
+        "pen": result.pen,
     }
 
 

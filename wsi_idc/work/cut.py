@@ -277,7 +277,9 @@ class CutJob:
     def finish(self, prepared: Prepared, results: list[dict[str, Any]], work: Work) -> Outcome:
         """Put the record in place that makes the slide's tiles exist."""
         info, node, pixels = prepared.info, self._node, self.settings.pixels
-        drop(self.stage, self._wanted(info["made_from"]))
+        if pixels:
+            # Else it is read again to be scored; where it is not, who planned the run deletes it.
+            drop(self.stage, self._wanted(info["made_from"]))
         checksums: dict[str, Any] = dict(info["checksums"])
         unknown = np.full(0 if pixels else prepared.tiles, np.nan, np.float32)
         for name in ("blur", "pen"):

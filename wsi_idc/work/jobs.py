@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
+from threading import Lock
 from typing import Any, Literal, Protocol
 
 from wsi_idc.errors import (
@@ -216,6 +217,79 @@ class Listener(Protocol):
     def ended(self, job_id: str, outcome: Outcome) -> None:
         """A slide is done or has failed."""
 
+    def left_out(self, job_id: str) -> None:
+        """A slide that was to come will not: there is nothing to do, or it failed before."""
+
+
+class Supply:
+    """Jobs of which some come while others are under way; it may be filled and emptied by several threads.
+
+    Args:
+        jobs: those that are there from the beginning.
+        closed: whether these are all.
+        may_begin: whether another job may be begun now; asked again whenever `wake` is called.
+    """
+
+    def __init__(
+        self, jobs: Iterable[Job] = (), *, closed: bool = True, may_begin: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._jobs, self._closed, self._may_begin = deque(jobs), closed, may_begin
+        self._lock = Lock()
+        self._woken: Callable[[], None] = lambda: None
+        self._taken: Callable[[], None] = lambda: None
+
+    def put(self, job: Job) -> None:
+        """Add a job; one that comes after the end is dropped."""
+        with self._lock:
+            if not self._closed:
+                self._jobs.append(job)
+        self.wake()
+
+    def close(self) -> None:
+        """No more come."""
+        with self._lock:
+            self._closed = True
+        self.wake()
+
+    def shut(self) -> None:
+        """No more come, and what was not begun is not wanted any more."""
+        with self._lock:
+            self._closed = True
+            self._jobs.clear()
+        self.wake()
+
+    def take(self) -> Job | None:
+        """The next job; None where none is there, or none may be begun."""
+        with self._lock:
+            job = self._jobs.popleft() if self._jobs and self._may_begin() else None
+        if job is not None:
+            self._taken()
+        return job
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that are there and were not taken."""
+        with self._lock:
+            return len(self._jobs)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all have been taken, and no more come."""
+        with self._lock:
+            return self._closed and not self._jobs
+
+    def wake(self) -> None:
+        """Let whoever takes jobs look again."""
+        self._woken()
+
+    def when_woken(self, call: Callable[[], None]) -> None:
+        """What is called to wake whoever takes jobs."""
+        self._woken = call
+
+    def when_taken(self, call: Callable[[], None]) -> None:
+        """What is called after a job was taken."""
+        self._taken = call
+
 
 def carry_out(
     place: AbstractContextManager[Place], plans: Mapping[str, Plan], jobs: Sequence[Job], listener: Listener
@@ -232,22 +306,31 @@ def carry_out(
     if jobs:
         with place as opened:
             opened.admit(jobs)
-            outcomes = run_jobs(opened, jobs, listener)
-            notes = (*opened.notes, *_counted(outcomes.values()))
+            outcomes = run_jobs(opened, Supply(jobs), listener)
+            notes = (*opened.notes, *counted_notes(outcomes.values()))
     return Summary(plans, outcomes, time.monotonic() - start, notes)
 
 
-def _counted(outcomes: Iterable[Outcome]) -> list[str]:
+def counted_notes(outcomes: Iterable[Outcome]) -> list[str]:
     """The notes of all slides, each once."""
     counts = Counter(note for outcome in outcomes for note in outcome.notes)
     return [f"{count:,} slide{'s' if count != 1 else ''}: {note}" for note, count in counts.items()]
 
 
-def run_jobs(place: Place, jobs: Sequence[Job], listener: Listener) -> dict[str, Outcome]:
+def run_jobs(
+    place: Place, jobs: Supply, listener: Listener, *, slots: int | None = None, urgency: int = 0
+) -> dict[str, Outcome]:
     """Run every job to its outcome; one that fails leaves the others alone.
 
     A job of which a task was lost is run again by itself, since Dask blames every task that was waiting where a worker
     died.
+
+    Args:
+        place: where; others may run jobs there at the same time.
+        jobs: what is run.
+        listener: is told how they go on.
+        slots: tasks under way at once; None: as many as the place has.
+        urgency: of two who run jobs at one place, the more urgent one's tasks go first.
 
     Returns:
         job id -> outcome.
@@ -258,13 +341,21 @@ def run_jobs(place: Place, jobs: Sequence[Job], listener: Listener) -> dict[str,
         ClusterError: the scheduler, or every worker, is lost.
     """
     topic = f"wsi-idc-{uuid.uuid4().hex}"
-    place.client.subscribe_topic(topic, lambda event: listener.advanced(event[1]["job"], event[1]["tiles"]))
+
+    def heard(event: tuple[Any, Mapping[str, Any]]) -> None:
+        _, said = event
+        if "prepared" in said:
+            listener.prepared(said["job"], said["prepared"])
+        else:
+            listener.advanced(said["job"], said["tiles"])
+
+    place.client.subscribe_topic(topic, heard)
     try:
-        drive = _Drive(place, topic, listener)
+        drive = _Drive(place, topic, listener, slots, urgency)
         for job in drive.run(jobs):
             # Where it is only that its workers left, twice more; but that may be its own doing.
             for forgiving in (True, True, False):
-                if not drive.run([job], alone=True, forgiving=forgiving):
+                if not drive.run(Supply([job]), alone=True, forgiving=forgiving):
                     break
         return drive.outcomes
     finally:
@@ -350,8 +441,9 @@ class _Drive:
     not lie in the scheduler.
     """
 
-    def __init__(self, place: Place, topic: str, listener: Listener) -> None:
+    def __init__(self, place: Place, topic: str, listener: Listener, slots: int | None, urgency: int) -> None:
         self._place, self._topic, self._listener = place, topic, listener
+        self._slots, self._urgency = slots, urgency
         self.outcomes: dict[str, Outcome] = {}
         self._ends: WsiIdcError | None = None
         """Why nothing more is begun."""
@@ -362,7 +454,7 @@ class _Drive:
         self.outcomes[active.job.job_id] = outcome
         self._listener.ended(active.job.job_id, outcome)
 
-    def run(self, jobs: Sequence[Job], *, alone: bool = False, forgiving: bool = True) -> list[Job]:
+    def run(self, jobs: Supply, *, alone: bool = False, forgiving: bool = True) -> list[Job]:
         """Run jobs; gives back those that are to be tried again.
 
         Args:
@@ -374,14 +466,14 @@ class _Drive:
             StoreWriteError, StoreBusyError, ClusterError: see `run_jobs`.
         """
         self._stages: dict[str, _Stage] = {}
-        self._waiting, self._begun = deque(jobs), list[_Active]()
+        self._supply, self._begun = jobs, list[_Active]()
         suspects: list[Job] = []
         self._ends = None
         for active, index, value in self._answers():
             self._take(active, index, value)
             if active.failure and active.failure.ends:
                 self._ends = self._ends or active.failure.ends
-                self._waiting.clear()
+                self._supply.shut()
                 for other in self._begun:
                     other.waiting.clear()
             # A broken job is settled when none of its tasks is left that could still write.
@@ -399,13 +491,17 @@ class _Drive:
     def _answers(self) -> Iterator[tuple[_Active, int | None, Any]]:
         """What tasks give, as it comes, until there are none left."""
         self._back: SimpleQueue[Any] = SimpleQueue()
+        back = self._back
+        self._supply.when_woken(lambda: back.put(None))
         self._hand_out()
-        while self._stages:
+        while self._stages or not self._supply.ended:
             self._place.watch()
             self._withdraw()
             try:
                 future = self._back.get(timeout=1)
             except Empty:
+                future = None
+            if future is None:
                 self._hand_out()
                 continue
             try:
@@ -477,7 +573,7 @@ class _Drive:
 
     def _hand_out(self) -> None:
         """Hand out tasks: half as many again as there are slots."""
-        slots = self._place.capacity.slots
+        slots = self._slots or self._place.capacity.slots
         limit = slots + max(1, slots // 2)
         while len(self._stages) < limit:
             active = next((one for one in self._begun if one.waiting), None)
@@ -485,8 +581,8 @@ class _Drive:
                 number = active.waiting.popleft()
                 block, info = active.prepared.blocks[number], active.prepared.info
                 self._submit(active, number, "run", block, info, urgency=1)
-            elif self._waiting:
-                active = _Active(self._waiting.popleft())
+            elif (job := self._supply.take()) is not None:
+                active = _Active(job)
                 self._begun.append(active)
                 self._submit(active, None, "prepare", urgency=0)
             else:
@@ -496,7 +592,15 @@ class _Drive:
         place = self._place
         options = {"workers": place.workers, "allow_other_workers": False} if place.workers is not None else {}
         future = place.client.submit(
-            _call, active.job, call, arguments, place.capacity, self._topic, pure=False, priority=urgency, **options
+            _call,
+            active.job,
+            call,
+            arguments,
+            place.capacity,
+            self._topic,
+            pure=False,
+            priority=self._urgency + urgency,
+            **options,
         )
         active.tasks += 1
         workers = None if place.workers is None else frozenset(place.workers)
@@ -525,6 +629,9 @@ class _Report:
         if time.monotonic() - self._told >= 0.5:
             self.flush()
 
+    def prepared(self, tiles: int) -> None:
+        self._worker.log_event(self._topic, {"job": self._job_id, "prepared": tiles})
+
     def flush(self) -> None:
         if self._tiles:
             self._worker.log_event(self._topic, {"job": self._job_id, "tiles": self._tiles})
@@ -534,8 +641,13 @@ class _Report:
 def _call(job: Job, call: str, arguments: tuple[Any, ...], capacity: Capacity, topic: str) -> Any:
     """Run one call on a worker; errors come back as plain text: Dask neither retries, nor logs, nor unpickles them."""
     report, start = _Report(job.job_id, topic), time.monotonic()
+    work = Work(capacity, report)
     try:
-        value = getattr(job, call)(*arguments, Work(capacity, report))
+        value = getattr(job, call)(*arguments, work)
+        if isinstance(value, Prepared) and len(value.blocks) <= 1:
+            # Nobody to share it with: on to its end, as each further task would cost its scheduling.
+            report.prepared(value.tiles)
+            value = job.finish(value, [job.run(block, value.info, work) for block in value.blocks], work)
         report.flush()
     except OvertakenError as error:
         return _Lost(error.problem)

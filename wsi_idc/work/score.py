@@ -1,12 +1,11 @@
 """The job of `infer`: a slide's tiles into its map in the store."""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,13 +34,10 @@ from wsi_idc.work.cut import unseen_store
 from wsi_idc.work.jobs import Block, Outcome, Prepared, Work
 
 if TYPE_CHECKING:
-    from wsi_idc.model.runtime import Runtime
+    from wsi_idc.model.runtime import Pending, Runtime
 
 TILES_PER_BLOCK = 2**14
 """About so many tiles, in whole shards, are scored by one task."""
-_SCORING = Lock()
-"""Of the tasks under way in a process one computes, and the others fetch: a model's threads would only wait for each
-other."""
 
 
 @lru_cache(maxsize=2)
@@ -134,35 +130,37 @@ class ScoreJob:
         except ChangedError as error:
             raise _changed(error.subject) from error
 
-    def run(self, block: Block, info: dict[str, Any], work: Work) -> NDArray[np.float32]:
-        """Score a block; reading the next batch and scoring this one overlap. float32 (n,) or (n, class)."""
+    def run(self, block: Block, info: dict[str, Any], work: Work) -> dict[str, NDArray[np.float32]]:
+        """Score a block: what the model says of each tile, float32 (n,) or (n, class), as `alone`; and `blur` and `pen`
+        (n,) of tiles whose pixels the store does not have."""
         runtime = loaded(self._folder, self.form, work.capacity.threads)
-        scored = []
-        with (
-            self._watched() as slide,
-            self._opener(slide) as opener,
-            ThreadPoolExecutor(1, thread_name_prefix="read") as executor,
-        ):
+        blur: list[NDArray[np.float32]] = []
+        pen: list[NDArray[np.float32]] = []
+        with self._watched() as slide, self._opener(slide) as opener:
             batches = _batches(slide, opener, block, self.batch_size, work.capacity.threads)
-            coming = executor.submit(next, batches, None)
-            while (tiles := coming.result()) is not None:
-                coming = executor.submit(next, batches, None)
-                with _SCORING:
-                    scored.append(runtime.predict(tiles))
-                work.report(len(tiles))
-        return np.concatenate(scored)
+            if opener is not None:
+                batches = _measured(batches, blur, pen)
+            scored = []
+            for probability in in_order(runtime, batches):
+                scored.append(probability)
+                work.report(len(probability))
+        found = {"alone": scored, "blur": blur, "pen": pen}
+        return {name: np.concatenate(values) for name, values in found.items() if values}
 
-    def finish(self, prepared: Prepared, results: list[NDArray[np.float32]], work: Work) -> Outcome:
+    def finish(self, prepared: Prepared, results: list[dict[str, NDArray[np.float32]]], work: Work) -> Outcome:
         """Write the map and the record that makes it exist."""
         fields = self.fields
         with self._watched() as slide:
             cells = slide.cell
+            if not results:
+                per_tile = loaded(self._folder, self.form, work.capacity.threads).per_tile
+                results = [{"alone": np.zeros((0, *per_tile), np.float32)}]
+            found = {name: np.concatenate([result[name] for result in results]) for name in results[0]}
+            arrays = map_arrays(fields, self.slide_id, found.pop("alone"), cells, slide.spec)
             if not slide.has_pixels:
                 drop(self.stage, wanted(slide))
-            if not results:
-                results = [np.zeros((0, *loaded(self._folder, self.form, work.capacity.threads).per_tile), np.float32)]
-            arrays = map_arrays(fields, self.slide_id, np.concatenate(results), cells, slide.spec)
-            found = self._flags(slide, arrays)
+                arrays |= found
+            flagged = self._flags(slide, arrays)
         image = slide.grid.image(cells, arrays["probability"])
         node = self._node
         attempt = node.begin()
@@ -180,12 +178,12 @@ class ScoreJob:
             "slide_id": self.slide_id,
             "patient_id": slide.patient_id,
             "use": USE,
-            "flags": [[flag.kind, flag.reason] for flag in found],
+            "flags": [[flag.kind, flag.reason] for flag in flagged],
         }
         channels = fields.classes if image.ndim == 3 else fields.classes[-1:]
         ome = ngff_attributes(slide, fields.name, channels, image.ndim)
         node.commit({**ome, **about, "complete": complete}, attempt)
-        return Outcome("done", tiles=prepared.tiles, warnings=tuple(map(str, found)))
+        return Outcome("done", tiles=prepared.tiles, warnings=tuple(map(str, flagged)))
 
     @property
     def _model(self) -> dict[str, Any]:
@@ -209,7 +207,8 @@ class ScoreJob:
         if fields.operating_point is None:
             return []
         probability, own = arrays["probability"], arrays.get("alone", arrays["probability"])
-        return list(of_map(slide, self._model, fields.positive_of(probability), fields.positive_of(own)))
+        blur, pen = (arrays[name] if name in arrays else getattr(slide, name) for name in ("blur", "pen"))
+        return list(of_map(slide, self._model, fields.positive_of(probability), fields.positive_of(own), blur, pen))
 
     def hindrances(self) -> list[str]:
         """See `Job.hindrances`."""
@@ -221,8 +220,9 @@ class ScoreJob:
             found.append(f"{error.subject}: {error.problem}; give workers the model, at the same path")
         if not found:
             try:
-                slide = self._store.slide(self.slide_id)
-                if not slide.has_pixels:
+                _, slide = self._store.look(self.slide_id)
+                # One that has yet to be cut is looked at by who cuts it.
+                if slide is not None and not slide.has_pixels:
                     _check_source(slide)
             except StoreDamageError:
                 pass  # Its job says so, and fails alone.
@@ -265,6 +265,35 @@ def _batches(
     from wsi_idc.reader import read_tiles
 
     yield from read_tiles(opener, slide.grid, slide.cell[block.start : block.stop], batch=batch, threads=threads)
+
+
+def in_order(runtime: "Runtime", batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
+    """What a model says of each batch, in their order; while one is computed the next are read and begun.
+
+    Args:
+        runtime: the model; others may use it at the same time.
+        batches: uint8 (n, size, size, 3) each.
+    """
+    begun: deque[Pending] = deque()
+    for tiles in batches:
+        begun.append(runtime.begin(tiles))
+        if len(begun) > runtime.ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+def _measured(
+    batches: Iterator[NDArray[np.uint8]], blur: list[NDArray[np.float32]], pen: list[NDArray[np.float32]]
+) -> Iterator[NDArray[np.uint8]]:
+    """The same batches; focus and pen figures of each are added to the lists."""
+    from wsi_idc.tissue import tile_quality
+
+    for tiles in batches:
+        sharpness, ink = tile_quality(tiles)
+        blur.append(sharpness)
+        pen.append(ink)
+        yield tiles
 
 
 def _rebatched(parts: Iterator[NDArray[np.uint8]], batch: int) -> Iterator[NDArray[np.uint8]]:

@@ -35,6 +35,14 @@ class Telling:
 
     def ended(self, job_id: str, outcome: Outcome) -> None:
         """See `Listener.ended`."""
+        self.count(outcome)
+        self._listener.ended(job_id, outcome)
+
+    def left_out(self, job_id: str) -> None:
+        """See `Listener.left_out`."""
+        self._listener.left_out(job_id)
+
+    def count(self, outcome: Outcome) -> None:
+        """Count a slide that has ended otherwise."""
         self._ended[outcome.status] += 1
         self._tell()
-        self._listener.ended(job_id, outcome)
