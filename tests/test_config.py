@@ -29,7 +29,11 @@ def test_with_nothing_said_the_defaults_are_those_of_the_stages():
     found = in_force(environment={})
     assert (found.extract, found.infer) == (ExtractSettings(), InferSettings())
     assert (found.store, found.model, found.file) == ("tiles.zarr", None, None)
-    assert {origin for _, _, origin in found.rows()} == {"default"}
+    origins = {key: origin for key, _, origin in found.rows()}
+    assert origins.pop("extract.pixels") == "default (of extract; run keeps none)"
+    assert set(origins.values()) == {"default"}
+    assert found.extract.pixels and not found.extract_in_run.pixels
+    assert in_force({"extract.pixels": True}, environment={}).extract_in_run.pixels
 
 
 def test_the_command_line_goes_before_variables_before_the_file(tmp_path):

@@ -224,7 +224,10 @@ class InForce:
 
     def rows(self) -> list[tuple[str, Any, str]]:
         """Setting, value in force, where it comes from."""
-        return [(key, self._value(*key.rpartition(".")[::2]), self.origins[key]) for key in KEYS]
+        origins = {**self.origins}
+        if origins["extract.pixels"] == "default":
+            origins["extract.pixels"] = "default (of extract; run keeps none)"
+        return [(key, self._value(*key.rpartition(".")[::2]), origins[key]) for key in KEYS]
 
     def _value(self, section: str, name: str) -> Any:
         if not section or name == "strict":

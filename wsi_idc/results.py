@@ -132,6 +132,19 @@ class Measures:
     maximum: float | None
 
 
+STRONGEST_TILES = 8
+"""That are shown of a slide, as pictures."""
+
+
+def strongest(probability: NDArray[np.float32]) -> list[int]:
+    """The most probable tiles, strongest first.
+
+    Args:
+        probability: float32 (n,), P(positive).
+    """
+    return [int(place) for place in np.argsort(-probability, kind="stable")[:STRONGEST_TILES]]
+
+
 class Result:
     """A slide and its current map by one model; arrays are read, and checked, when they are asked for.
 
@@ -186,6 +199,17 @@ class Result:
     def pen(self) -> NDArray[np.float32]:
         """float32 (n,): part of each tile that has the colour of ink."""
         return self.map.read("pen") if self.map.has("pen") else self.slide.pen
+
+    @property
+    def strongest(self) -> list[int]:
+        """The most probable tiles, strongest first: their places in the slide's order."""
+        return strongest(self.probability)
+
+    @property
+    def strongest_pixels(self) -> NDArray[np.uint8] | None:
+        """uint8 (k, size, size, 3): their pixels, where they lie with the map; None where they do not, as the store
+        has the pixels of all tiles."""
+        return np.asarray(self.map.read("strongest"), np.uint8) if self.map.has("strongest") else None
 
     @cached_property
     def _stored(self) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from wsi_idc.errors import ObjectsError, StoreBusyError, StoreDamageError, UsageError, system_reason
 from wsi_idc.model.bundle import of_class
 from wsi_idc.names import check_slide_id
-from wsi_idc.results import limited
+from wsi_idc.results import STRONGEST_TILES, limited
 from wsi_idc.store import Node, Record, Store, StoredMap, StoredSlide, hold_store, open_to_check
 from wsi_idc.store.slide import identity, pixels_from
 from wsi_idc.work.jobs import Listener, Outcome
@@ -280,7 +280,7 @@ def _begun(store: Store, node: Node, slide: str, model: str) -> Finding:
 _ARRAYS = frozenset(
     [
         *("tiles", "position", "cell", "tissue", "idc", "blur", "pen", "thumbnail", "tissue_mask"),
-        *("0", "probability", "alone"),
+        *("0", "probability", "alone", "strongest"),
     ]
 )
 """Names of arrays that a group can have: what lies elsewhere is somebody else's, and is left alone."""
@@ -395,7 +395,10 @@ def _check_map(stored: StoredMap, slide: StoredSlide | None, findings: list[Find
     for name in ("blur", "pen"):
         if stored.has(name):
             _expect(node, name, stored.read(name), (count,), _PER_TILE[name])
-    for name in sorted(set(complete["checksums"]) - {"0", "probability", "alone", "blur", "pen"}):
+    if stored.has("strongest"):
+        pixels = stored.read("strongest")
+        _expect(node, "strongest", pixels, (min(STRONGEST_TILES, count), *pixels.shape[1:]), np.uint8)
+    for name in sorted(set(complete["checksums"]) - {"0", "probability", "alone", "blur", "pen", "strongest"}):
         stored.read(name)
     state = stored.state(slide)
     if slide is None or state.kind != "current":

@@ -28,6 +28,7 @@ from wsi_idc.results import Choice, choose_model, look
 from wsi_idc.settings import ExtractSettings, InferSettings
 from wsi_idc.status import store_state
 from wsi_idc.store import open_store
+from wsi_idc.work.score import ScoreJob
 
 
 class Read(HTMLParser):
@@ -190,8 +191,24 @@ def test_only_the_shards_that_hold_them_are_read():
     assert {place: int(tile.flat[0]) for place, tile in found.items()} == {65: 65, 70: 70, 299: 299}
 
 
-def test_a_store_without_pixels_says_so(slides, bundle, recorder, tmp_path):
+def test_a_store_without_pixels_has_those_of_the_strongest_tiles(slides, bundle, recorder, tmp_path):
     extract(read_manifest(slides), tmp_path / "bare.zarr", ExtractSettings(pixels=False), listener=recorder)
+    infer(tmp_path / "bare.zarr", read_bundle(bundle), InferSettings(), listener=recorder)
+    extract(read_manifest(slides), tmp_path / "full.zarr", ExtractSettings(), listener=recorder)
+    infer(tmp_path / "full.zarr", read_bundle(bundle), InferSettings(), listener=recorder)
+    (slides.parent / "b.tif").unlink()
+    bare, full = (look(open_store(tmp_path / name), Choice("mean"), "b") for name in ("bare.zarr", "full.zarr"))
+    theirs = tile_pixels(full.slide, np.array(full.strongest))
+    assert full.strongest_pixels is None and bare.strongest == full.strongest
+    np.testing.assert_array_equal(bare.strongest_pixels, [theirs[place] for place in full.strongest])
+    with Pictures(tmp_path / "report.html") as pictures:
+        found = entry(open_store(tmp_path / "bare.zarr"), bare, pictures)
+    assert [tile.probability for tile in found.tiles] == sorted(bare.probability.tolist(), reverse=True)[:8]
+
+
+def test_of_a_map_by_an_older_version_without_pixels_that_is_said(slides, bundle, recorder, tmp_path, monkeypatch):
+    extract(read_manifest(slides), tmp_path / "bare.zarr", ExtractSettings(pixels=False), listener=recorder)
+    monkeypatch.setattr(ScoreJob, "_strongest", lambda *_: {})
     infer(tmp_path / "bare.zarr", read_bundle(bundle), InferSettings(), listener=recorder)
     out = write(tmp_path / "bare.zarr", None, tmp_path / "report.html").page
     assert out.read_text().count("The store holds no pixels of this slide") == 2

@@ -10,7 +10,7 @@ import pytest
 from wsi_idc.errors import SlideError, StoreWriteError
 from wsi_idc.plan import Plan
 from wsi_idc.work import places
-from wsi_idc.work.jobs import Block, Outcome, Prepared, carry_out
+from wsi_idc.work.jobs import Block, Outcome, Prepared, Supply, carry_out, run_jobs
 
 
 class StubbornError(Exception):
@@ -114,6 +114,44 @@ def test_every_job_ends_in_its_own_way(where, recorder, tmp_path):
     assert (summary.done, summary.tiles) == (3, 130)
     assert "ZeroDivisionError: oops" in summary.outcomes["f"].detail
     assert "in run" in summary.outcomes["f"].detail
+
+
+def test_jobs_may_come_while_others_run(recorder):
+    supply = Supply([Sum("a")], closed=False)
+
+    class Filling(type(recorder)):
+        def ended(self, job_id, outcome):
+            super().ended(job_id, outcome)
+            if job_id == "a":
+                supply.put(Sum("b", blocks=1))
+                supply.put(Sum("c", blocks=0))
+            if len(self.outcomes) == 3:
+                supply.close()
+
+    listener = Filling()
+    with places.local(overlap=2) as place:
+        outcomes = run_jobs(place, supply, listener)
+    assert {name: outcome.tiles for name, outcome in outcomes.items()} == {"a": 30, "b": 0, "c": 0}
+    assert supply.ended
+
+
+def test_a_supply_that_is_shut_gives_nothing_more():
+    supply = Supply([Sum("a"), Sum("b")], closed=False)
+    assert supply.take().job_id == "a" and supply.waiting == 1
+    supply.shut()
+    supply.put(Sum("c"))
+    assert supply.take() is None and supply.ended
+
+
+def test_where_only_some_may_begin_the_others_wait():
+    free = [True]
+    supply = Supply([Sum("a"), Sum("b")], may_begin=lambda: free[0])
+    supply.when_taken(free.clear)
+    taken = supply.take()
+    free.append(False)
+    assert taken.job_id == "a" and supply.take() is None and not supply.ended
+    free[0] = True
+    assert supply.take().job_id == "b" and supply.ended
 
 
 def test_what_is_left_of_a_job_that_failed_is_never_begun(recorder, tmp_path):

@@ -23,7 +23,6 @@ from wsi_idc.store import Store, StoredSlide
 from wsi_idc.store.slide import tiles_per_shard
 
 State = Literal["done", "empty", "stale", "failed", "not scored"]
-STRONGEST_TILES = 8
 STRONGEST_REGIONS = 5
 BINS = 20
 """Of a map's histogram."""
@@ -165,7 +164,9 @@ def _of_result(result: Result, pictures: Pictures) -> Entry:
         facts,
         histogram=np.histogram(probability, BINS, (0, 1))[0].tolist(),
         tiles=tiles,
-        no_tiles="" if tiles else "The store holds no pixels of this slide (extract --no-pixels).",
+        no_tiles=""
+        if tiles
+        else "The store holds no pixels of this slide, and its map was made by a version that kept none.",
         regions=[(region, _mm(region.bounds, slide)) for region in result.regions[:STRONGEST_REGIONS]],
     )
 
@@ -244,19 +245,20 @@ def _mm(bounds: tuple[int, int, int, int], slide: StoredSlide) -> tuple[float, f
 
 def _strongest(result: Result, pictures: Pictures) -> list[Tile]:
     """The most probable tiles with their pictures, from no more of the store's shards than hold them."""
-    slide, probability = result.slide, result.probability
-    if not slide.has_pixels:
-        return []
-    chosen = np.argsort(-probability, kind="stable")[:STRONGEST_TILES]
-    pixels = tile_pixels(slide, chosen)
-    squares = result.squares(chosen)
+    slide, probability, chosen = result.slide, result.probability, np.array(result.strongest)
+    pixels = result.strongest_pixels
+    if pixels is None:
+        if not slide.has_pixels:
+            return []
+        found = tile_pixels(slide, chosen)
+        pixels = np.stack([found[place] for place in chosen.tolist()])
     return [
         Tile(
-            pictures.add(webp(pixels[int(tile)], TILE_PX, 88), "webp"),
+            pictures.add(webp(picture, TILE_PX, 88), "webp"),
             float(probability[tile]),
             ((x0 + x1) / 2 * slide.mpp[0] / 1000, (y0 + y1) / 2 * slide.mpp[1] / 1000),
         )
-        for tile, (x0, y0, x1, y1) in zip(chosen, squares.tolist(), strict=True)
+        for picture, tile, (x0, y0, x1, y1) in zip(pixels, chosen, result.squares(chosen).tolist(), strict=True)
     ]
 
 

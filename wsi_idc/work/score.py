@@ -23,6 +23,7 @@ from wsi_idc.errors import (
 )
 from wsi_idc.flags import Flag, of_map
 from wsi_idc.model.bundle import SHIPPED, Bundle, Form, read_bundle
+from wsi_idc.results import strongest
 from wsi_idc.settings import TileSpec
 from wsi_idc.slides import Slide, open_slide
 from wsi_idc.sources import source_of
@@ -158,13 +159,13 @@ class ScoreJob:
             found = {name: np.concatenate([result[name] for result in results]) for name in results[0]}
             arrays = map_arrays(fields, self.slide_id, found.pop("alone"), cells, slide.spec)
             if not slide.has_pixels:
+                arrays |= found | self._strongest(slide, arrays["probability"])
                 drop(self.stage, wanted(slide))
-                arrays |= found
             flagged = self._flags(slide, arrays)
         image = slide.grid.image(cells, arrays["probability"])
         node = self._node
         attempt = node.begin()
-        checksums = {name: node.put(name, values, ("tile", "class")[: values.ndim]) for name, values in arrays.items()}
+        checksums = {name: node.put(name, values, _axes(values)) for name, values in arrays.items()}
         checksums["0"] = node.put("0", image, ("c", "y", "x")[-image.ndim :])
         complete = {
             "tiles": prepared.tiles,
@@ -210,6 +211,22 @@ class ScoreJob:
         blur, pen = (arrays[name] if name in arrays else getattr(slide, name) for name in ("blur", "pen"))
         return list(of_map(slide, self._model, fields.positive_of(probability), fields.positive_of(own), blur, pen))
 
+    def _strongest(self, slide: StoredSlide, probability: NDArray[np.float32]) -> dict[str, NDArray[np.uint8]]:
+        """The pixels of the most probable tiles, which are shown of a slide: its file may be away by then.
+
+        Nothing of several classes of which none is positive.
+        """
+        if self.fields.positive_index is None or not slide.count:
+            return {}
+        from wsi_idc.reader import read_tiles
+
+        chosen = strongest(self.fields.positive_of(probability))
+        in_order = np.sort(chosen)
+        with self._opener(slide) as opener:
+            assert opener is not None
+            (tiles,) = read_tiles(opener, slide.grid, slide.cell[in_order], batch=len(chosen))
+        return {"strongest": tiles[np.searchsorted(in_order, chosen)]}
+
     def hindrances(self) -> list[str]:
         """See `Job.hindrances`."""
         found = [*unseen_store(self.ticket), *unusable(self.stage)]
@@ -233,6 +250,11 @@ class ScoreJob:
     def fail(self, reason: str) -> None:
         """See `Job.fail`."""
         self._node.fail(reason)
+
+
+def _axes(values: NDArray[Any]) -> tuple[str, ...]:
+    """What the axes of a map's array are."""
+    return ("tile", "y", "x", "c") if values.ndim == 4 else ("tile", "class")[: values.ndim]
 
 
 def wanted(slide: StoredSlide) -> list[Wanted]:
