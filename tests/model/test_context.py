@@ -118,3 +118,88 @@ def test_slides_do_not_touch_each_other():
     slide = np.array(["b", "a", "b", "a"])
     found = by_slide(slide, lambda own: own.astype(float) + 10.0 * len(own))
     assert found.tolist() == [20.0, 21.0, 22.0, 23.0]
+
+
+def directly(logits, cell, reach, spread):
+    """The surface that `smooth` is to find, by elimination."""
+    import scipy.sparse as sparse
+    from scipy.sparse.linalg import spsolve
+
+    def line(count):
+        laplacian = sparse.diags([-np.ones(count - 1), np.full(count, 2.0), -np.ones(count - 1)], [-1, 0, 1]).tolil()
+        laplacian[0, 0] = laplacian[-1, -1] = 1.0
+        return laplacian.tocsr()
+
+    kappa, margin = np.sqrt(8.0) / reach, int(np.ceil(reach))
+    inside = cell - cell.min(axis=0) + margin
+    shape = tuple(inside.max(axis=0) + 1 + margin)
+    place = np.ravel_multi_index(tuple(inside.T), shape)
+    readings, weight = np.zeros((2, shape[0] * shape[1]))
+    readings[place], weight[place] = logits, 1.0
+    root = sparse.kronsum(line(shape[1]), line(shape[0])) + kappa**2 * sparse.identity(weight.size)
+    matrix = root @ root / (4.0 * np.pi * (kappa * spread) ** 2) + sparse.diags(weight)
+    return spsolve(matrix.tocsc(), readings)[place]
+
+
+def pieces(*corners, rows=9, columns=7):
+    return np.concatenate([full(rows, columns) + np.array(corner) for corner in corners])
+
+
+SHAPES = {
+    "one tile": full(1, 1),
+    "a row": full(1, 90),
+    "a column": full(83, 1),
+    "a rectangle": full(21, 30),
+    "pieces far apart": pieces((0, 0), (2, 70), (50, 33)),
+    "pieces that touch at corners": pieces((0, 0), (9, 7), (18, 14)),
+    "every third cell": full(30, 33)[::3],
+    "scattered": full(60, 60)[np.random.default_rng(8).choice(3600, 120, replace=False)],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("reach", "spread"), [(20.0, 2.0), (12.0, 1.5), (37.3, 0.3), (0.4, 2.0), (5.0, 60.0)])
+def test_the_surface_is_the_one_that_elimination_finds(name, reach, spread):
+    cell = SHAPES[name]
+    logits = np.random.default_rng(len(name)).normal(0, 3.0, len(cell))
+    found = smooth(logits, cell, reach=reach * 200.0, spread=spread)
+    assert np.abs(found - directly(logits, cell, reach, spread)).max() < 1e-7
+
+
+def test_so_it_is_at_the_longest_reach_and_the_widest_spread():
+    cell = full(20, 18)[np.random.default_rng(4).choice(360, 150, replace=False)]
+    logits = np.random.default_rng(5).normal(0, 3.0, len(cell))
+    for spread in (0.05, 100.0):
+        found = smooth(logits, cell, reach=60 * 200.0, spread=spread)
+        assert np.abs(found - directly(logits, cell, 60.0, spread)).max() < 1e-6
+
+
+def test_so_it_is_of_more_than_twenty_thousand_tiles():
+    generator = np.random.default_rng(6)
+    cell = full(170, 150)[generator.random(170 * 150) < 0.85]
+    logits = generator.normal(0, 3.0, len(cell))
+    found = smooth(logits, cell, reach=20 * 200.0, spread=2.0)
+    assert len(cell) > 20_000 and np.abs(found - directly(logits, cell, 20.0, 2.0)).max() < 1e-7
+
+
+def test_threads_change_no_bit_of_it():
+    import cv2
+    from threadpoolctl import threadpool_limits
+
+    generator = np.random.default_rng(7)
+    cell = full(150, 140)
+    logits = generator.normal(size=len(cell))
+    results, before = [], cv2.getNumThreads()
+    try:
+        for threads in (1, 2, 5):
+            cv2.setNumThreads(threads)
+            with threadpool_limits(threads):
+                results.append(smooth(logits, cell).tobytes())
+    finally:
+        cv2.setNumThreads(before)
+    assert len(set(results)) == 1
+
+
+def test_what_is_no_number_is_an_error_and_no_map():
+    with pytest.raises(ModelError, match="no surface over 9 tiles was found"):
+        smooth(np.full(9, np.nan), full(3, 3))
