@@ -19,6 +19,23 @@ COMMANDS = (
     *("doctor", "manifest", "info", "demo", "model", "run", "config"),
 )
 HEAVY = ("torch", "tiatoolbox", "zarr", "dask", "distributed", "onnxruntime", "matplotlib", "scipy", "pydantic")
+NEVER_HERE = (
+    *("torch", "torchvision", "lightning", "tiatoolbox", "dask", "distributed", "tornado", "cryptography", "obstore"),
+    *(
+        "matplotlib",
+        "sklearn",
+        "skimage",
+        "pandas",
+        "pyarrow",
+        "bokeh",
+        "flask",
+        "shapely",
+        "onnx",
+        "prometheus_client",
+    ),
+    "PIL.XbmImagePlugin",  # of all the formats that Pillow knows: it was made to look for one
+)
+"""What a slide's way to its map, table and page needs nothing of, in one process on the CPU."""
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["model", "import"]])
@@ -35,6 +52,24 @@ print(sorted(set({HEAVY!r}) & set(sys.modules)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "Usage: " in done.stdout
+
+
+def test_a_slide_goes_its_way_without_what_takes_long_to_import(tmp_path, make):
+    make.tissue_slide(tmp_path / "a.tif", seed=1)
+    (tmp_path / "m.csv").write_text("path\na.tif\n")
+    for command in (["extract", "m.csv"], ["infer"], ["run", "m.csv"]):
+        code = f"""
+import sys
+from wsi_idc.cli import main
+try:
+    main({[*command, "--store", command[0]] if command[0] == "run" else command!r})
+except SystemExit as end:
+    assert not end.code, end.code
+print(sorted(set({NEVER_HERE!r}) & set(sys.modules)))
+"""
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "done a: " in done.stdout and done.stdout.splitlines()[-1] == "[]", command
 
 
 def test_every_command_is_tested_here(wsi_idc):

@@ -5,16 +5,14 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-COLOURS = "cividis"
-"""Perceptually even, and the same to colour-blind eyes."""
-
 
 @cache
 def table() -> NDArray[np.uint8]:
-    """uint8 (256, 3) RGB of probabilities from 0 to 1."""
-    import matplotlib as mpl
+    """uint8 (256, 3) RGB of probabilities from 0 to 1: cividis, perceptually even, the same to colour-blind eyes."""
+    import cv2  # Matplotlib has the same colours to a grey level, and takes twenty times as long to import.
 
-    return np.asarray(mpl.colormaps[COLOURS](np.arange(256), bytes=True)[:, :3], np.uint8)
+    levels = np.arange(256, dtype=np.uint8)[:, None]
+    return np.asarray(cv2.applyColorMap(levels, cv2.COLORMAP_CIVIDIS)[:, 0, ::-1], np.uint8)
 
 
 def coloured(values: NDArray[np.floating]) -> NDArray[np.uint8]:

@@ -6,22 +6,16 @@ In that order, the first that has a setting decides. What settings there are, th
 
 import difflib
 import os
+import tomllib
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tomllib import TOMLDecodeError
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
 
 from wsi_idc.errors import FaultsError, UsageError, WsiIdcError, system_reason
 from wsi_idc.objects import is_url
@@ -88,21 +82,11 @@ KEYS = (*_TOP, *(f"{section}.{name}" for section, kind in SECTIONS.items() for n
 """Every setting: `store`, `extract.tile_size` and so on."""
 
 
-class _Joined(BaseSettings):
+class _Joined(Settings):
     """All settings, of all sources; its fields are `_TOP`, and by `in_force` the `SECTIONS`."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True)
     store: Annotated[str, Field(min_length=1)] = "tiles.zarr"
     model: str = ""
-    others: ClassVar[list[dict[str, Any]]] = []
-    """What each source but the first says, the stronger ones first."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """See `BaseSettings`."""
-        return (init_settings, *(InitSettingsSource(settings_cls, values) for values in cls.others))
 
 
 @dataclass(frozen=True)
@@ -135,13 +119,14 @@ class _Source:
                 (shared.add if key in _SHARED else shared.discard)(one)
         return cls(values, names, origin, frozenset(shared))
 
-    def nested(self) -> dict[str, Any]:
-        """By sections."""
-        found: dict[str, Any] = {}
-        for key, value in self.values.items():
-            section, _, name = key.rpartition(".")
-            (found.setdefault(section, {}) if section else found)[name] = value
-        return found
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by sections."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (found.setdefault(section, {}) if section else found)[name] = value
+    return found
 
 
 def _meant(key: str) -> list[str]:
@@ -267,9 +252,8 @@ def in_force(
     ]
     sections: Any = {name: (one, one()) for name, one in SECTIONS.items()}
     kind: Any = create_model("Joined", __base__=_Joined, **sections)
-    kind.others = [source.nested() for source in sources[1:]]
     try:
-        joined = kind(**sources[0].nested())
+        joined = kind(**_nested(dict(ChainMap(*(source.values for source in sources)))))
     except ValidationError as error:
         wrong = _wrong(error, sources)
         if not faults and len(wrong) == 1 and isinstance(wrong[0], UsageError):
@@ -304,8 +288,9 @@ def _read_file(path: Path, faults: list[str]) -> dict[str, tuple[str, Any]]:
         UsageError: it cannot be read.
     """
     try:
-        table = TomlConfigSettingsSource(_Joined, path).toml_data
-    except TOMLDecodeError as error:
+        with path.open("rb") as stream:
+            table = tomllib.load(stream)
+    except tomllib.TOMLDecodeError as error:
         raise UsageError(path, f"is not TOML ({error})", 'write it as in: store = "tiles.zarr"') from error
     except UnicodeDecodeError as error:
         raise UsageError(path, "is not UTF-8", "save it as UTF-8") from error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wsi_idc import __version__
+from wsi_idc.cores import cores
 from wsi_idc.errors import WsiIdcError
 from wsi_idc.files import standing
 from wsi_idc.objects import is_url
@@ -129,8 +130,6 @@ def _opencv() -> Iterator[Check]:
 
 
 def _processor() -> Iterator[Check]:
-    from dask.system import CPU_COUNT
-
     name, flags = _cpu()
     if "avx2" in flags:
         vnni = [flag for flag in ("avx512_vnni", "avx_vnni", "amx_int8") if flag in flags]
@@ -143,9 +142,9 @@ def _processor() -> Iterator[Check]:
         yield Check("processor", "warning", f"{name}; no AVX2", "models will run slowly: use another machine")
     else:
         yield Check("processor", "ok", f"{name}; what int8 graphs gain on it is not known")
-    cores = os.cpu_count() or 1
-    limit = f" of {cores}, by affinity or cgroup" if cores > CPU_COUNT else ""
-    yield Check("cores", "ok", f"{CPU_COUNT}{limit}; runs use them all unless --threads is said")
+    there, usable = os.cpu_count() or 1, cores()
+    limit = f" of {there}, by affinity or cgroup" if there > usable else ""
+    yield Check("cores", "ok", f"{usable}{limit}; runs use them all unless --threads is said")
 
 
 def _cpu() -> tuple[str, set[str]]:

@@ -268,21 +268,21 @@ class Result:
 
     @cached_property
     def regions(self) -> list[Region]:
-        """The regions above the threshold, strongest first: by area times mean probability."""
-        from scipy import ndimage
+        """The regions above the threshold, strongest first: by area times mean probability; equal ones as they come."""
+        import cv2
 
         cells, probability, called = self.cell, self.probability, self.called
         if not called.any():
             return []
-        mask = np.zeros(self.slide.grid.shape, bool)
-        mask[cells[called, 0], cells[called, 1]] = True
-        numbers, count = ndimage.label(mask)
+        mask = np.zeros(self.slide.grid.shape, np.uint8)
+        mask[cells[called, 0], cells[called, 1]] = 1
+        count, numbers = cv2.connectedComponents(mask, connectivity=4)
         own = np.where(called, numbers[cells[:, 0], cells[:, 1]], 0)
         order = np.argsort(own, kind="stable")
-        parts = np.split(order, np.searchsorted(own[order], np.arange(1, count + 1)))[1:]
+        parts = np.split(order, np.searchsorted(own[order], np.arange(1, count)))[1:]
         tissue = self.tissue
         regions = [self._region(tiles, cells[tiles], probability[tiles], tissue[tiles]) for tiles in parts]
-        return sorted(regions, key=lambda region: -region.area_mm2 * region.mean)
+        return sorted(regions, key=lambda region: (-region.area_mm2 * region.mean, region.tiles[0]))
 
     def _region(
         self,

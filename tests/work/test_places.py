@@ -104,7 +104,7 @@ def test_gpu_workers_get_one_device_each_before_they_start(recorder, monkeypatch
 
 
 def test_cores_are_shared_evenly(monkeypatch):
-    monkeypatch.setattr(places, "CPU_COUNT", 8)
+    monkeypatch.setattr(places, "cores", lambda: 8)
     assert places.threads_of(0) == 8
     assert places.threads_of(3) == 2
     assert places.threads_of(99) == 1

@@ -15,6 +15,7 @@ from wsi_idc.colours import stops
 from wsi_idc.evaluate.maps import NOTHING, OUTLINE, Panel, Shown
 from wsi_idc.evaluate.metrics import FIGURES, Difference, Evaluation, Results
 from wsi_idc.evaluate.plots import interval
+from wsi_idc.evaluate.style import base_style
 
 SHOWN_ROWS = 500
 """Rows of patients or slides that the page shows for one model; the CSV files hold all of them."""
@@ -25,11 +26,6 @@ PLOT_WORDS = {
     "reliability": "Reliability: part that is IDC against P(IDC)",
     "per_patient": "ROC AUC and balanced accuracy of each patient",
 }
-
-
-def base_style() -> str:
-    """The style that all of our pages have in common."""
-    return files("wsi_idc.evaluate").joinpath("base.css").read_text("utf-8")
 
 
 def html_page(

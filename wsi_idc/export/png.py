@@ -6,7 +6,7 @@ from wsi_idc.export.pictures import draw_result
 from wsi_idc.results import Result
 
 SUFFIX = ".png"
-VERSION = 1
+VERSION = 2
 
 
 def write(result: Result, path: Path) -> list[str]:

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from wsi_idc.errors import StoreDamageError, UsageError
-from wsi_idc.evaluate.gather import SplitName, gather
-from wsi_idc.evaluate.metrics import Results, evaluate
-from wsi_idc.evaluate.page import PLOT_WORDS
-from wsi_idc.evaluate.plots import draw_all, render
-from wsi_idc.evaluate.report import summary_rows
 from wsi_idc.model.bundle import LoadedBundle
 from wsi_idc.report.entry import Entry
 from wsi_idc.report.pictures import Pictures
 from wsi_idc.store import Store
+
+if TYPE_CHECKING:
+    from wsi_idc.evaluate.gather import SplitName
+    from wsi_idc.evaluate.metrics import Results
 
 POSITIVE_FROM = 0.5
 """Part of a tile that is IDC from which its label is positive: the default of `evaluate`."""
@@ -70,6 +70,11 @@ def judge(
         return Judged("The model is not at hand, nor whom it was trained on: give its folder to --model.")
     if threshold is not None:
         return Judged("Figures are at the model's own threshold: leave --threshold out, or run wsi-idc evaluate.")
+    # Most stores have no labels: their pages do without matplotlib and scikit-learn.
+    from wsi_idc.evaluate.gather import gather
+    from wsi_idc.evaluate.metrics import evaluate
+    from wsi_idc.evaluate.report import summary_rows
+
     split: SplitName = "test" if any(entry.known.get("split") == "test" for entry in labelled) else "all"
     try:
         found = gather(store, [bundle], split, positive_from=POSITIVE_FROM, trained_on=False)
@@ -82,7 +87,10 @@ def judge(
     return Judged("", split, notes, rows, _plots(results, found.notes, pictures))
 
 
-def _plots(results: Results, notes: Sequence[str], pictures: Pictures) -> list[Plot]:
+def _plots(results: "Results", notes: Sequence[str], pictures: Pictures) -> list[Plot]:
+    from wsi_idc.evaluate.page import PLOT_WORDS
+    from wsi_idc.evaluate.plots import draw_all, render
+
     plots = draw_all(results, notes)
     return [
         Plot(

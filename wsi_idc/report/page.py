@@ -17,7 +17,7 @@ from markupsafe import Markup
 from wsi_idc import USE
 from wsi_idc.colours import stops
 from wsi_idc.console import printable
-from wsi_idc.evaluate.page import base_style
+from wsi_idc.evaluate.style import base_style
 from wsi_idc.report.entry import BINS, OPACITY, Entry
 from wsi_idc.report.judged import Judged
 from wsi_idc.report.pictures import Pictures

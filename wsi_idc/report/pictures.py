@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, WebPImagePlugin
 
 from wsi_idc.errors import StoreBusyError, UsageError, system_reason
 from wsi_idc.export.pictures import overlay
@@ -40,7 +40,8 @@ def webp(pixels: NDArray[np.uint8], longest: int, quality: int = 80) -> bytes:
 def _webp(image: Image.Image, longest: int, quality: int) -> bytes:
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS, reducing_gap=3)
     stream = BytesIO()
-    image.save(stream, "WEBP", quality=quality, method=4)
+    # By its name alone, Pillow would import all of its forty formats to find it.
+    image.save(stream, WebPImagePlugin.WebPImageFile.format, quality=quality, method=4)
     return stream.getvalue()
 
 

@@ -18,9 +18,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from wsi_idc.cores import cores
 from wsi_idc.errors import ClusterError, UsageError, WorkersError
 from wsi_idc.work.jobs import Capacity, Job, Place
-from wsi_idc.work.places import hush
+from wsi_idc.work.processes import DaskPlace, hush
 
 PACKAGES = ("wsi-idc", "dask", "distributed", "zarr", "numpy", "onnxruntime", "torch")
 """What must be the same everywhere: a map made by several workers is one result."""
@@ -75,10 +76,9 @@ def look(jobs: Sequence[Job], *, gpu: bool) -> Seen:
 
 def _cores() -> frozenset[int]:
     """Cores that this process may run on, as the system pins it and a container's quota limits it."""
-    from dask.system import CPU_COUNT
-
-    pinned = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(CPU_COUNT)
-    return frozenset(sorted(pinned)[:CPU_COUNT])
+    count = cores()
+    pinned = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(count)
+    return frozenset(sorted(pinned)[:count])
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def _read_address(file: Path, until: float) -> str:
         time.sleep(0.2)
 
 
-class ClusterPlace(Place):
+class ClusterPlace(DaskPlace):
     """A cluster, of which each worker is asked before it is given work, also one that comes later.
 
     Args:

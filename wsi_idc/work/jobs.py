@@ -1,22 +1,22 @@
-"""Jobs over any Dask client: one outcome a slide, whatever becomes of the others.
+"""Jobs at any place: one outcome a slide, whatever becomes of the others.
 
 A job is a slide: `prepare` says which blocks of tiles it has, `run` does one block, `finish` commits them all. Jobs
 carry ids, addresses and what changes a result, never pixels, and nothing of where they run: that comes with each call,
-as `Work`. A place gives the client (`places.py`); nothing here knows which.
+as `Work`. A place takes tasks and gives futures (`places.py`); nothing here knows which.
 """
 
 import contextlib
 import errno
 import time
 import traceback
-import uuid
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from threading import Lock
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from wsi_idc.errors import (
     ClusterError,
@@ -29,6 +29,10 @@ from wsi_idc.errors import (
 )
 from wsi_idc.plan import Plan
 
+Progress: TypeAlias = Literal["prepared", "advanced"]
+Tell: TypeAlias = Callable[[str, Progress, int], None]
+"""Is told that a job has so many tiles, or that so many more of them are done; what a task is given of it, it may have to
+carry to a worker."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 """What the system says of a disk that takes no more, whichever slide was first to meet it."""
 
@@ -50,19 +54,34 @@ class Capacity:
     gpu: bool = False
 
 
-class Place:
-    """Where work runs: a Dask client, and what it offers.
+class Place(ABC):
+    """Where work runs, and what it offers.
 
     Attributes:
-        client: Dask's.
         capacity: what is offered, from when work is admitted.
-        workers: addresses of those that may be given work; None: all there are.
+        workers: names of those that may be given work; None: all there are.
     """
 
     workers: list[str] | None = None
 
-    def __init__(self, client: Any, capacity: Capacity) -> None:
-        self.client, self.capacity = client, capacity
+    def __init__(self, capacity: Capacity) -> None:
+        self.capacity = capacity
+
+    @abstractmethod
+    def submit(self, urgency: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Have a function called, the more urgent ones first; gives a future, of Dask or of the standard library."""
+
+    @abstractmethod
+    def telling(self, told: Tell) -> AbstractContextManager[Tell]:
+        """While this lasts, what it gives can be an argument of tasks, and passes on what they tell it to `told`."""
+
+    def loss(self, error: Exception) -> "Lost":
+        """What a future's error means: its function's errors never are one.
+
+        Raises:
+            ClusterError: the place is lost.
+        """
+        return Lost(f"its answer cannot be read ({type(error).__name__}: {' '.join(str(error).split())})")
 
     @property
     def notes(self) -> list[str]:
@@ -73,14 +92,14 @@ class Place:
         """The error that says that it is."""
         return ClusterError("the scheduler", "it is lost", "what was complete is kept, the same command goes on")
 
-    def admit(self, jobs: Sequence["Job"]) -> None:
+    def admit(self, jobs: Sequence["Job"]) -> None:  # noqa: B027
         """Find out, before any of these jobs begins, whether they can be done here.
 
         Raises:
             UsageError: they cannot.
         """
 
-    def watch(self) -> None:
+    def watch(self) -> None:  # noqa: B027
         """Look after the place; called about every second while work is under way.
 
         Raises:
@@ -340,30 +359,21 @@ def run_jobs(
         StoreBusyError: another run has taken the store over.
         ClusterError: the scheduler, or every worker, is lost.
     """
-    topic = f"wsi-idc-{uuid.uuid4().hex}"
 
-    def heard(event: tuple[Any, Mapping[str, Any]]) -> None:
-        _, said = event
-        if "prepared" in said:
-            listener.prepared(said["job"], said["prepared"])
-        else:
-            listener.advanced(said["job"], said["tiles"])
+    def heard(job_id: str, what: Progress, tiles: int) -> None:
+        (listener.prepared if what == "prepared" else listener.advanced)(job_id, tiles)
 
-    place.client.subscribe_topic(topic, heard)
-    try:
-        drive = _Drive(place, topic, listener, slots, urgency)
+    with place.telling(heard) as tell:
+        drive = _Drive(place, tell, listener, slots, urgency)
         for job in drive.run(jobs):
             # Where it is only that its workers left, twice more; but that may be its own doing.
             for forgiving in (True, True, False):
                 if not drive.run(Supply([job]), alone=True, forgiving=forgiving):
                     break
         return drive.outcomes
-    finally:
-        with contextlib.suppress(Exception):
-            place.client.unsubscribe_topic(topic)
 
 
-_LESS = "try fewer workers, or give each more memory"
+LESS = "try fewer workers, or give each more memory"
 _FETCH_S = 10
 """To fetch the answer of a task that is done; answers are small."""
 
@@ -384,7 +394,7 @@ class _Failure:
 
 
 @dataclass(frozen=True)
-class _Lost:
+class Lost:
     """A task whose answer does not count, and why: its job is run again by itself before it is called failed.
 
     Attributes:
@@ -413,7 +423,7 @@ class _Active:
     waiting: deque[int] = field(default_factory=deque)
     results: dict[int, Any] = field(default_factory=dict)
     failure: _Failure | None = None
-    lost: _Lost | None = None
+    lost: Lost | None = None
     tasks: int = 0
     """Handed out and not back."""
     seconds: float = 0.0
@@ -430,7 +440,6 @@ class _Stage:
 
     active: _Active
     index: int | None
-    future: Any
     workers: frozenset[str] | None
 
 
@@ -441,8 +450,8 @@ class _Drive:
     not lie in the scheduler.
     """
 
-    def __init__(self, place: Place, topic: str, listener: Listener, slots: int | None, urgency: int) -> None:
-        self._place, self._topic, self._listener = place, topic, listener
+    def __init__(self, place: Place, tell: Tell, listener: Listener, slots: int | None, urgency: int) -> None:
+        self._place, self._tell, self._listener = place, tell, listener
         self._slots, self._urgency = slots, urgency
         self.outcomes: dict[str, Outcome] = {}
         self._ends: WsiIdcError | None = None
@@ -465,7 +474,7 @@ class _Drive:
         Raises:
             StoreWriteError, StoreBusyError, ClusterError: see `run_jobs`.
         """
-        self._stages: dict[str, _Stage] = {}
+        self._stages: dict[Any, _Stage] = {}
         self._supply, self._begun = jobs, list[_Active]()
         suspects: list[Job] = []
         self._ends = None
@@ -510,48 +519,38 @@ class _Drive:
                 # Who had the answer died before it was fetched: it comes again, if anybody is left to make it.
                 future.add_done_callback(self._back.put)
                 continue
-            stage = self._stages.pop(future.key)
+            stage = self._stages.pop(future)
             stage.active.tasks -= 1
             if isinstance(value, _Timed):
                 stage.active.seconds += value.seconds
                 value = value.value
             yield stage.active, stage.index, value
-            future.release()
             self._hand_out()
 
     def _withdraw(self) -> None:
         """Take back tasks that none but workers who are gone may do: Dask would let them wait for ever."""
         if (workers := self._place.workers) is not None:
-            for stage in self._stages.values():
+            for future, stage in self._stages.items():
                 if stage.workers is not None and stage.workers.isdisjoint(workers):
-                    stage.future.cancel()
+                    future.cancel()
 
     def _unwrap(self, future: Any) -> Any:
         """What a task gave; an answer that cannot be had is a loss to that job alone.
 
         Raises:
-            ClusterError: the scheduler is lost.
+            ClusterError: the place is lost.
             TimeoutError: it did not come.
         """
-        from distributed import CancelledError
-        from distributed.scheduler import KilledWorker
-
         try:
             return future.result(timeout=_FETCH_S)
         except TimeoutError:
             raise
-        except KilledWorker:
-            return _Lost(f"its worker process died (killed, or out of memory; {_LESS})")
-        except CancelledError as error:
-            if getattr(error, "reason", "") == "scheduler-connection-lost":
-                raise self._place.lost() from error
-            return _Lost("its task was cancelled", blame=False)
         except Exception as error:
-            return _Lost(f"the worker's answer cannot be read ({type(error).__name__}: {' '.join(str(error).split())})")
+            return self._place.loss(error)
 
     def _take(self, active: _Active, index: int | None, value: Any) -> None:
         """Note what one task gave."""
-        if isinstance(value, _Lost):
+        if isinstance(value, Lost):
             active.lost = active.lost or value
         elif isinstance(value, _Failure):
             active.failure = active.failure or value
@@ -590,21 +589,10 @@ class _Drive:
 
     def _submit(self, active: _Active, index: int | None, call: str, *arguments: Any, urgency: int) -> None:
         place = self._place
-        options = {"workers": place.workers, "allow_other_workers": False} if place.workers is not None else {}
-        future = place.client.submit(
-            _call,
-            active.job,
-            call,
-            arguments,
-            place.capacity,
-            self._topic,
-            pure=False,
-            priority=self._urgency + urgency,
-            **options,
-        )
+        future = place.submit(self._urgency + urgency, _call, active.job, call, arguments, place.capacity, self._tell)
         active.tasks += 1
         workers = None if place.workers is None else frozenset(place.workers)
-        self._stages[future.key] = _Stage(active, index, future, workers)
+        self._stages[future] = _Stage(active, index, workers)
         future.add_done_callback(self._back.put)
 
 
@@ -616,12 +604,10 @@ def _fail(job: Job, failure: _Failure) -> Outcome:
 
 
 class _Report:
-    """Tells the client of tiles, at most twice a second: a scheduler keeps what it is told."""
+    """Tells of a job's tiles, at most twice a second: Dask's scheduler keeps what it is told."""
 
-    def __init__(self, job_id: str, topic: str) -> None:
-        from distributed import get_worker
-
-        self._worker, self._job_id, self._topic = get_worker(), job_id, topic
+    def __init__(self, job_id: str, tell: Tell) -> None:
+        self._job_id, self._tell = job_id, tell
         self._tiles, self._told = 0, time.monotonic()
 
     def __call__(self, tiles: int) -> None:
@@ -630,17 +616,17 @@ class _Report:
             self.flush()
 
     def prepared(self, tiles: int) -> None:
-        self._worker.log_event(self._topic, {"job": self._job_id, "prepared": tiles})
+        self._tell(self._job_id, "prepared", tiles)
 
     def flush(self) -> None:
         if self._tiles:
-            self._worker.log_event(self._topic, {"job": self._job_id, "tiles": self._tiles})
+            self._tell(self._job_id, "advanced", self._tiles)
         self._tiles, self._told = 0, time.monotonic()
 
 
-def _call(job: Job, call: str, arguments: tuple[Any, ...], capacity: Capacity, topic: str) -> Any:
+def _call(job: Job, call: str, arguments: tuple[Any, ...], capacity: Capacity, tell: Tell) -> Any:
     """Run one call on a worker; errors come back as plain text: Dask neither retries, nor logs, nor unpickles them."""
-    report, start = _Report(job.job_id, topic), time.monotonic()
+    report, start = _Report(job.job_id, tell), time.monotonic()
     work = Work(capacity, report)
     try:
         value = getattr(job, call)(*arguments, work)
@@ -650,7 +636,7 @@ def _call(job: Job, call: str, arguments: tuple[Any, ...], capacity: Capacity, t
             value = job.finish(value, [job.run(block, value.info, work) for block in value.blocks], work)
         report.flush()
     except OvertakenError as error:
-        return _Lost(error.problem)
+        return Lost(error.problem)
     except Exception as error:
         value = _failure(job, error)
     return _Timed(value, time.monotonic() - start)
@@ -664,7 +650,7 @@ def _failure(job: Job, error: Exception) -> _Failure:
         ends = error if isinstance(error, StoreBusyError) else None
         return _Failure(error.problem if known else f"{error.subject}: {error.problem}", error.advice, detail, ends)
     if isinstance(error, MemoryError):
-        return _Failure("out of memory", f"{_LESS}, or a smaller --batch-size", detail)
+        return _Failure("out of memory", f"{LESS}, or a smaller --batch-size", detail)
     if isinstance(error, OSError):
         reason = system_reason(error)
         full: StoreWriteError | None = None

@@ -1,45 +1,19 @@
-"""Where work runs: in this process, in N local processes, in one process a GPU, or on a cluster (`cluster.py`).
+"""Where work runs: in this process, in N local ones or one a GPU (`processes.py`), or on a cluster (`cluster.py`).
 
-A place is a context manager that yields a Dask client and a plain `Capacity`. What listens does so on the loopback
-address, takes nobody's work but ours, and serves no pages. Dask's own `LocalCluster` does not fit: it opens an HTTP
-port for each of its parts even without a dashboard, and gives all workers one environment, where each GPU's needs its
-own.
+A place is a context manager that yields a `Place`. The one in this process is threads and no more: Dask there would
+cost a slide 15 ms, and each run the second that its import takes.
 """
 
-import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import dask
-from dask.system import CPU_COUNT
-from distributed import Client, Nanny, Scheduler, Security, SpecCluster, Worker
-
+from wsi_idc.cores import cores
 from wsi_idc.errors import UsageError
 from wsi_idc.settings import PlaceSettings
-from wsi_idc.work.jobs import Capacity, Place
-
-_SETTINGS = {
-    # One death makes every task of that worker a suspect; suspects are then run one at a time (`jobs.run_jobs`).
-    "distributed.scheduler.allowed-failures": 0,
-    "distributed.worker.daemon": True,
-    "distributed.admin.log-length": 0,
-}
-
-
-class QuietScheduler(Scheduler):  # type: ignore[misc]
-    """A scheduler without an HTTP server."""
-
-    def start_http_server(self, *arguments: Any, **options: Any) -> None:
-        """Serve nothing."""
-
-
-class QuietWorker(Worker):  # type: ignore[misc]
-    """A worker without an HTTP server."""
-
-    def start_http_server(self, *arguments: Any, **options: Any) -> None:
-        """Serve nothing."""
+from wsi_idc.work.jobs import Capacity, Place, Tell
 
 
 def place(settings: PlaceSettings, *, overlap: int = 1) -> Any:
@@ -86,60 +60,42 @@ def local(*, workers: int = 0, gpus: int = 0, threads: int = 0, overlap: int = 1
     )
     if not count:
         return _in_this_process(capacity)
+    from wsi_idc.work.processes import in_processes
+
     environments = [{"CUDA_VISIBLE_DEVICES": name} for name in visible_gpus(gpus)] if gpus else [{}] * workers
-    return _in_processes(capacity, environments)
+    return in_processes(capacity, environments)
 
 
 def threads_of(count: int, asked: int = 0) -> int:
     """CPU threads that one task may use, when the cores are shared evenly by `count` workers."""
-    return asked or max(1, CPU_COUNT // max(1, count))
+    return asked or max(1, cores() // max(1, count))
+
+
+class _Here(Place):
+    """Threads of this process, a slot each; what waits is few, and begins in the order in which it was handed out."""
+
+    def __init__(self, executor: ThreadPoolExecutor, capacity: Capacity) -> None:
+        super().__init__(capacity)
+        self._executor = executor
+
+    def submit(self, urgency: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """See `Place.submit`."""
+        return self._executor.submit(function, *arguments)
+
+    @contextmanager
+    def telling(self, told: Tell) -> Iterator[Tell]:
+        """See `Place.telling`: by a call, from the thread of the task."""
+        yield told
 
 
 @contextmanager
 def _in_this_process(capacity: Capacity) -> Iterator[Place]:
-    options = {"protocol": "inproc", "dashboard": False}
-    workers = {0: {"cls": QuietWorker, "options": {**options, "nthreads": capacity.slots, "memory_limit": 0}}}
-    with _cluster(workers, options, None) as client:
-        yield Place(client, capacity)
-
-
-@contextmanager
-def _in_processes(capacity: Capacity, environments: list[dict[str, str]]) -> Iterator[Place]:
-    # Python's resource tracker warns of semaphores when a run is interrupted; they are the system's to reclaim.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    # Another user of this machine could hand work to a scheduler that asks nobody who he is.
-    security = Security.temporary()
-    options = {"protocol": "tls", "host": "127.0.0.1", "security": security, "dashboard": False}
-    worker = {
-        "worker_class": QuietWorker,
-        "nthreads": capacity.slots // capacity.workers,
-        "memory_limit": 0,
-        "silence_logs": logging.CRITICAL,
-    }
-    workers = {
-        index: {"cls": Nanny, "options": {**options, **worker, "env": environment}}
-        for index, environment in enumerate(environments)
-    }
-    with _cluster(workers, options, security) as client:
-        yield Place(client, capacity)
-
-
-@contextmanager
-def _cluster(workers: dict[int, Any], options: dict[str, Any], security: Security | None) -> Iterator[Client]:
-    hush()
-    scheduler = {"cls": QuietScheduler, "options": options}
-    with (
-        dask.config.set(_SETTINGS),
-        SpecCluster(workers=workers, scheduler=scheduler, security=security) as cluster,
-        Client(cluster, security=security) as client,
-    ):
-        yield client
-
-
-def hush() -> None:
-    """Silence Dask and what it stands on: they tell at length what is told here in one line, and of slow farewells."""
-    for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    executor = ThreadPoolExecutor(capacity.slots, thread_name_prefix="task")
+    try:
+        yield _Here(executor, capacity)
+    finally:
+        # What still runs may write: the store is not given back before it has ended.
+        executor.shutdown(cancel_futures=True)
 
 
 def visible_gpus(count: int) -> list[str]:
