@@ -1,6 +1,7 @@
 """Tiles are exact, whatever is read with them."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,6 +71,34 @@ def test_resampled_tiles_have_no_seam(tmp_path, make):
     assert np.abs(mosaic.astype(int) - whole).max() <= 1
 
 
+@settings(max_examples=40)
+@given(data=st.data())
+def test_tiles_at_half_the_size_are_pillows_to_the_bit(data):
+    """Whole pixels or not, at the source's edge or within it, of noise or of the extremes."""
+    size, left, top = (data.draw(st.integers(low, 9)) for low in (1, 0, 0))
+    right, bottom = (data.draw(st.integers(0, 4)) for _ in range(2))
+    part = data.draw(st.sampled_from([0.0, 0.25, 0.5]))
+    shape = (top + 2 * size + bottom + 1, left + 2 * size + right + 1, 3)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    pixels = rng.choice(data.draw(st.sampled_from([np.arange(256), np.array([0, 255])])), shape).astype(np.uint8)
+    box = (left + part, top + part, left + part + 2 * size, top + part + 2 * size)
+    tile = np.empty((size, size, 3), np.uint8)
+    reader._resample(pixels, box, tile)
+    pillows = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box=box)
+    assert np.array_equal(tile, np.asarray(pillows))
+
+
+def test_no_tile_at_half_the_size_is_left_to_pillow_but_at_the_edge(tmp_path, make, monkeypatch):
+    path = make.write_tiff(tmp_path / "a.tif", make.texture(1000, 800), mpp=2.0)
+    expected = read_all(path, TileSpec(last="drop"))[1]
+    slow, plain = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: slow.append(k["box"]) or plain(self, *a, **k))
+    grid, tiles = read_all(path, TileSpec(last="drop"), threads=3)
+    assert np.array_equal(tiles, expected)
+    rows, columns = grid.shape
+    assert len(slow) == len(grid) - (rows - 2) * (columns - 2)
+
+
 @pytest.fixture(scope="module")
 def odd_slide(tmp_path_factory, make):
     """A slide whose resolution fits nothing evenly, with a second level of an uneven downsample."""
@@ -115,13 +144,14 @@ def test_each_block_is_decoded_once_and_few_are_held(tmp_path, make, monkeypatch
 
     monkeypatch.setattr(cls, "read", counting)
     held = []
-    plain_cut = reader._Blocks.cut
+    plain_request = reader._Blocks.request
 
-    def watching(self, rectangle):
+    def watching(self, rectangles):
+        needed = plain_request(self, rectangles)
         held.append(len(self._held))
-        return plain_cut(self, rectangle)
+        return needed
 
-    monkeypatch.setattr(reader._Blocks, "cut", watching)
+    monkeypatch.setattr(reader._Blocks, "request", watching)
     read_all(path, TileSpec(), threads=2)
     assert len(reads) == len(set(reads)) == 16 * 16
     assert max(held) <= 2 * 16 + 2 * 2
@@ -187,6 +217,17 @@ def test_a_picture_is_decoded_once_for_all_threads(tmp_path, make, monkeypatch, 
     assert len(np.concatenate(tiles)) == len(grid)
 
 
+def test_a_slide_that_openslide_reads_is_opened_once_for_all_threads(tmp_path, make, monkeypatch):
+    from wsi_idc import slides
+
+    pixels = make.texture(1500, 1400)
+    path = make.write_tiff(tmp_path / "a.tif", pixels)
+    opened = count_openings(monkeypatch, slides, "open_without_ome")
+    _, tiles = read_all(path, TileSpec(last="drop"), threads=4)
+    assert len(opened) == 2  # one to make the grid
+    assert np.array_equal(tiles[31], pixels[50:100, 50:100])
+
+
 def test_a_folder_of_patches_is_scanned_once_for_all_threads(tmp_path, make, monkeypatch):
     from wsi_idc import slides
 
@@ -221,10 +262,9 @@ def test_a_folder_of_patches_gives_its_own_tiles_alone(tmp_path, make):
             check_fit(slide, Grid(TileSpec(size_px=64), slide.size, slide.mpp))
 
 
-def test_a_pool_opens_what_cannot_be_shared_once_a_thread(tmp_path, make):
-    path = make.write_tiff(tmp_path / "a.tif", make.texture(200, 200))
+def test_a_pool_opens_what_cannot_be_shared_once_a_thread():
     barrier, got = threading.Barrier(3), []
-    pool = SlidePool(lambda: open_slide(path))
+    pool = SlidePool(lambda: SimpleNamespace(shared=False, close=lambda: None))
 
     def take():
         barrier.wait()

@@ -35,7 +35,8 @@ from wsi_idc.slides.backends import (
 from wsi_idc.slides.colour import Profile
 from wsi_idc.slides.patches import PatchFolder, is_patch_folder
 from wsi_idc.slides.pictures import MAX_PICTURE_PIXELS
-from wsi_idc.slides.whole import COPY_AGAIN, check_whole, is_dicom
+from wsi_idc.slides.tiff import COPY_AGAIN
+from wsi_idc.slides.whole import check_whole, is_dicom
 from wsi_idc.sources import check_source, first_bytes
 from wsi_idc.units import MPP_RANGE, Level0Px, LevelPx, Mpp
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from wsi_idc.errors import DamageError, SlideError
 from wsi_idc.slides.backends import Description, RefusedError, check_rgb, first_line, make_levels
 from wsi_idc.slides.pictures import MAX_PICTURE_PIXELS, PictureSizeError, opened_picture, rgb_profile
-from wsi_idc.slides.whole import COPY_AGAIN
+from wsi_idc.slides.tiff import COPY_AGAIN
 from wsi_idc.units import LevelPx, Mpp
 
 MAX_LEVELS = 64

@@ -8,16 +8,17 @@ resampled by the one mechanism of `reader.py`.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import local
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_idc.errors import DamageError, SlideError
-from wsi_idc.slides.whole import COPY_AGAIN
+from wsi_idc.slides.stored import open_stored
+from wsi_idc.slides.tiff import COPY_AGAIN
 from wsi_idc.units import FILE_ORIGIN, Level0Px, LevelPx, Mpp
 
 WHITE = (255, 255, 255)
@@ -128,31 +129,57 @@ def first_line(error: BaseException) -> str:
 class OpenSlideBackend:
     """Aperio, Hamamatsu, Leica, MIRAX, Philips, Ventana, Zeiss, DICOM, generic tiled TIFF: what OpenSlide reads.
 
+    It describes the file, and reads what cannot be had from the stored tiles themselves (`stored.py`).
+
     Raises:
         RefusedError: OpenSlide does not know the format, or the compression in it.
         DamageError: it knows the format, and cannot open the file all the same.
     """
 
-    shared = False
+    shared = True
 
     def __init__(self, path: Path) -> None:
-        self._open: Callable[[], Any] = lambda: open_handle(path)
-        self._handle = self._open()
-        self.description = describe_handle(self._handle, "OpenSlide")
+        self._path = path
+        self._here = local()
+        self._handles: list[Any] = []
+        self._stored = None
+        try:
+            self.description = describe_handle(self._handle(), "OpenSlide")
+            self._stored = open_stored(path, self.description, self._by_openslide)
+        except Exception:
+            self.close()
+            raise
+
+    def _handle(self) -> Any:
+        """The calling thread's handle: one that failed once fails for good, which must not be another thread's."""
+        handle = getattr(self._here, "handle", None)
+        if handle is None:
+            handle = self._here.handle = open_handle(self._path)
+            self._handles.append(handle)
+        return handle
 
     def read(self, level: int, x: LevelPx, y: LevelPx, width: LevelPx, height: LevelPx) -> NDArray[np.uint8]:
-        """See `Backend.read`; alpha included, since OpenSlide marks what was never scanned by it."""
+        """See `Backend.read`."""
+        pixels = None if self._stored is None else self._stored.read(level, x, y, width, height)
+        return self._by_openslide(level, x, y, width, height) if pixels is None else pixels
+
+    def _by_openslide(self, level: int, x: LevelPx, y: LevelPx, width: LevelPx, height: LevelPx) -> NDArray[np.uint8]:
+        """OpenSlide's pixels; alpha included, by which it marks what was never scanned."""
+        handle = self._handle()
         try:
-            return np.asarray(self._handle.read_region(in_file(self.description, level, x, y), level, (width, height)))
+            return np.asarray(handle.read_region(in_file(self.description, level, x, y), level, (width, height)))
         except Exception:
-            # A handle that failed once fails for good: give the next region a fresh one.
-            self._handle.close()
-            self._handle = self._open()
+            self._here.handle = None
+            self._handles.remove(handle)
+            handle.close()
             raise
 
     def close(self) -> None:
         """Let go of the file."""
-        self._handle.close()
+        for handle in self._handles:
+            handle.close()
+        if self._stored is not None:
+            self._stored.close()
 
 
 def open_without_ome(path: Path) -> OpenSlideBackend:

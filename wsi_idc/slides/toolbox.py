@@ -28,7 +28,8 @@ from wsi_idc.slides.backends import (
     open_handle,
 )
 from wsi_idc.slides.pictures import MAX_PICTURE_PIXELS, PictureSizeError, opened_picture, rgb_profile
-from wsi_idc.slides.whole import is_dicom, is_tiff
+from wsi_idc.slides.tiff import is_tiff
+from wsi_idc.slides.whole import is_dicom
 from wsi_idc.sources import first_bytes
 from wsi_idc.units import LevelPx, Mpp
 

@@ -5,44 +5,20 @@ file ends with a mark, or states its length; a PNG ends with a chunk of its own.
 check here: Pillow refuses them where they are cut.
 """
 
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
-from wsi_idc.errors import DamageError, SlideError
+from wsi_idc.errors import DamageError
+from wsi_idc.slides.tiff import COPY_AGAIN, TILE_COUNTS, TILE_OFFSETS, Page, Tiff, is_tiff
 from wsi_idc.sources import first_bytes
 
-MAX_PAGES = 4096
-"""Pages of a TIFF, sub-pages included: a file of more is no slide, and would take long to open."""
-MAX_TAGS = 1024
-"""Tags of a TIFF's page."""
-COPY_AGAIN = "copy or scan it again"
-
-_TIFF_MARKS = {
-    b"II*\0": ("<", False),
-    b"MM\0*": (">", False),
-    b"II+\0": ("<", True),
-    b"MM\0+": (">", True),
-}
-_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-_INTEGERS = {1: "u1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}
-_SUB_PAGES, _SOFTWARE, _TILE_OFFSETS = 330, 305, 324
-_STORED = {273: 279, _TILE_OFFSETS: 325}
+_SOFTWARE = 305
+_STORED = {273: 279, TILE_OFFSETS: TILE_COUNTS}
 """Tags: where each strip or tile begins, and the tag of how many bytes it has."""
-_PRIVATE = 32768
-"""Tags from here on belong to vendors, who may put in them what they like."""
 _AT_ONCE = 2**16
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-
-
-def is_tiff(head: bytes) -> bool:
-    """Whether a file's first bytes are a TIFF's."""
-    return head[:4] in _TIFF_MARKS
 
 
 def is_dicom(head: bytes) -> bool:
@@ -65,7 +41,7 @@ def check_whole(path: Path) -> list[str]:
     size = path.stat().st_size
     with path.open("rb") as stream:
         if is_tiff(head):
-            return _TiffCheck(path, stream, size, *_TIFF_MARKS[head[:4]]).run()
+            return _check_tiff(path, stream, size)
         if is_dicom(head):
             return _check_dicom(path, stream, size)
         if head[:4] == b"\x89PNG":
@@ -77,128 +53,48 @@ def check_whole(path: Path) -> list[str]:
 # --- TIFF ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Tag:
-    kind: int
-    count: int
-    place: int
-
-    @property
-    def length(self) -> int:
-        return self.count * _TYPE_BYTES.get(self.kind, 0)
-
-
-@dataclass
-class _TiffCheck:
+def _check_tiff(path: Path, stream: BinaryIO, size: int) -> list[str]:
     """One look through a TIFF's pages.
 
     A classic TIFF of over 4 GiB is left to the readers: only NDPI is one, and its 64-bit places are kept elsewhere.
     """
+    tiff = Tiff(path, stream, size)
+    if not tiff.big and size >= 2**32:
+        return []
+    pages = list(tiff.pages())
+    tiled = any(TILE_OFFSETS in page for page in pages)
+    warnings = []
+    for number, page in enumerate(pages):
+        absent, stored, missing = _stored(tiff, page)
+        holds_pixels = TILE_OFFSETS in page or not tiled
+        if missing and holds_pixels:
+            raise tiff.cut(f"{missing:,} of the {stored:,} stored tiles of page {number} lie beyond")
+        if missing:
+            warnings.append(f"the file is cut short: its picture on page {number} lies beyond its end")
+        if absent and holds_pixels and not _leaves_tiles_out(tiff, page):
+            warnings.append(f"{absent:,} of the {stored:,} stored tiles of page {number} are absent: not scanned?")
+    return warnings
 
-    path: Path
-    stream: BinaryIO
-    size: int
-    order: str
-    big: bool
 
-    def run(self) -> list[str]:
-        if not self.big and self.size >= 2**32:
-            return []
-        pages = list(self._pages())
-        tiled = any(_TILE_OFFSETS in page for page in pages)
-        warnings = []
-        for number, page in enumerate(pages):
-            absent, stored, missing = self._stored(page)
-            holds_pixels = _TILE_OFFSETS in page or not tiled
-            if missing and holds_pixels:
-                raise self._cut(f"{missing:,} of the {stored:,} stored tiles of page {number} lie beyond")
-            if missing:
-                warnings.append(f"the file is cut short: its picture on page {number} lies beyond its end")
-            if absent and holds_pixels and not self._leaves_tiles_out(page):
-                warnings.append(f"{absent:,} of the {stored:,} stored tiles of page {number} are absent: not scanned?")
-        return warnings
+def _stored(tiff: Tiff, page: Page) -> tuple[int, int, int]:
+    """How many of a page's tiles or strips are absent, how many there are, and how many lie beyond the end."""
+    absent = stored = missing = 0
+    for offset_tag, count_tag in _STORED.items():
+        if offset_tag not in page or count_tag not in page:
+            continue
+        for offsets, counts in zip(tiff.values(page[offset_tag]), tiff.values(page[count_tag]), strict=False):
+            both = min(len(offsets), len(counts))
+            offsets, counts = offsets[:both], counts[:both]
+            stored += both
+            absent += int((counts == 0).sum())
+            room = np.uint64(tiff.size) - np.minimum(offsets, np.uint64(tiff.size))
+            missing += int((counts > room).sum())
+    return absent, stored, missing
 
-    def _cut(self, what: str) -> DamageError:
-        return DamageError(self.path, f"the file is cut short at byte {self.size:,}: {what}", COPY_AGAIN)
 
-    def _number(self, place: int, width: int) -> int:
-        if place + width > self.size:
-            raise self._cut("its table of pages lies beyond")
-        self.stream.seek(place)
-        return int.from_bytes(self.stream.read(width), "little" if self.order == "<" else "big")
-
-    def _pages(self) -> Iterator[dict[int, _Tag]]:
-        """The tags of every page, sub-pages after their page."""
-        width = 8 if self.big else 4
-        waiting, seen = [self._number(8 if self.big else 4, width)], set[int]()
-        while waiting:
-            place = waiting.pop()
-            if place == 0 or place in seen:
-                continue
-            seen.add(place)
-            if len(seen) > MAX_PAGES:
-                raise SlideError(self.path, f"has more than {MAX_PAGES} pages", "no slide has as many levels")
-            page, following = self._page(place)
-            waiting.append(following)
-            sub_pages = page.get(_SUB_PAGES)
-            if sub_pages is not None and sub_pages.count <= MAX_PAGES:
-                waiting.extend(int(at) for part in self._values(sub_pages) for at in part[::-1])
-            yield page
-
-    def _page(self, place: int) -> tuple[dict[int, _Tag], int]:
-        """The tags of the page at a place, and where the next page is."""
-        counter, entry, inline = (8, 20, 8) if self.big else (2, 12, 4)
-        count = self._number(place, counter)
-        start = place + counter
-        if count > MAX_TAGS:
-            raise DamageError(self.path, f"has a page of {count:,} tags", COPY_AGAIN)
-        following = self._number(start + count * entry, inline)
-        self.stream.seek(start)
-        table = self.stream.read(count * entry)
-        page = {}
-        fields = struct.iter_unpack(f"{self.order}{'HHQQ' if self.big else 'HHII'}", table)
-        for index, (code, kind, number, place) in enumerate(fields):
-            tag = _Tag(kind, number, place)
-            if tag.length <= inline:
-                tag = _Tag(kind, number, start + index * entry + entry - inline)
-            elif code < _PRIVATE and place + tag.length > self.size:
-                raise self._cut(f"tag {code} of a page lies beyond")
-            page[code] = tag
-        return page, following
-
-    def _values(self, tag: _Tag) -> Iterator[NDArray[np.uint64]]:
-        """A tag's whole numbers, some at a time."""
-        form = _INTEGERS.get(tag.kind)
-        if form is None:
-            return
-        for first in range(0, tag.count, _AT_ONCE):
-            some = min(_AT_ONCE, tag.count - first)
-            self.stream.seek(tag.place + first * _TYPE_BYTES[tag.kind])
-            data = self.stream.read(some * _TYPE_BYTES[tag.kind])
-            yield np.frombuffer(data, f"{self.order}{form}").astype(np.uint64)
-
-    def _stored(self, page: dict[int, _Tag]) -> tuple[int, int, int]:
-        """How many of a page's tiles or strips are absent, how many there are, and how many lie beyond the end."""
-        absent = stored = missing = 0
-        for offset_tag, count_tag in _STORED.items():
-            if offset_tag not in page or count_tag not in page:
-                continue
-            for offsets, counts in zip(self._values(page[offset_tag]), self._values(page[count_tag]), strict=False):
-                both = min(len(offsets), len(counts))
-                offsets, counts = offsets[:both], counts[:both]
-                stored += both
-                absent += int((counts == 0).sum())
-                room = np.uint64(self.size) - np.minimum(offsets, np.uint64(self.size))
-                missing += int((counts > room).sum())
-        return absent, stored, missing
-
-    def _leaves_tiles_out(self, page: dict[int, _Tag]) -> bool:
-        """Whether the scanner leaves tiles without tissue out as a rule: Philips does."""
-        software = page.get(_SOFTWARE)
-        if software is None:
-            return False
-        self.stream.seek(software.place)
-        return self.stream.read(min(software.length, 64)).startswith(b"Philips")
+def _leaves_tiles_out(tiff: Tiff, page: Page) -> bool:
+    """Whether the scanner leaves tiles without tissue out as a rule: Philips does."""
+    return _SOFTWARE in page and tiff.content(page[_SOFTWARE], 64).startswith(b"Philips")
 
 
 # --- DICOM --------------------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ from wsi_idc.plan import Plan
 
 Progress: TypeAlias = Literal["prepared", "advanced"]
 Tell: TypeAlias = Callable[[str, Progress, int], None]
-"""Is told that a job has so many tiles, or that so many more of them are done; what a task is given of it, it may have to
-carry to a worker."""
+"""Is told that a job has so many tiles, or that so many more of them are done; what a task is given of it, it may have
+to carry to a worker."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 """What the system says of a disk that takes no more, whichever slide was first to meet it."""
 
