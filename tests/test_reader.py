@@ -46,6 +46,20 @@ def test_the_coarsest_level_that_is_fine_enough_is_read(tmp_path, make):
             assert (source.level, source.stored) == (level, stored)
 
 
+@pytest.mark.parametrize(
+    ("tile", "block"), [((256, 240), (256, 240)), ((64, 1024), (192, 1024)), ((96, 512), (192, 512))]
+)
+def test_where_stored_tiles_are_decoded_one_by_one_a_block_is_hardly_more_than_one(tmp_path, make, tile, block):
+    path = make.write_tiff(tmp_path / "a.tif", make.texture(1200, 1100), compression="jpeg", tile=tile[::-1])
+    with open_slide(path) as slide:
+        assert slide.levels[0].block == tile
+        assert choose_source(slide, Grid(TileSpec(), slide.size, slide.mpp)).block == block
+        whole = slide.read(0, 0, 0, 1200, 1100)
+    grid, tiles = read_all(path, TileSpec(last="drop"), threads=2)
+    for (row, column), pixels in zip(grid.cells().tolist(), tiles, strict=True):
+        assert np.array_equal(pixels, whole[row * 50 : row * 50 + 50, column * 50 : column * 50 + 50])
+
+
 def test_a_level_within_a_percent_counts_as_fine_enough(tmp_path, make):
     path = make.write_tiff(tmp_path / "a.tif", make.texture(640, 640), mpp=1.009, downs=(1, 4))
     with open_slide(path) as slide:

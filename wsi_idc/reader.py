@@ -6,7 +6,7 @@ nothing but the tile; so the pixels of a tile do not depend on which other tiles
 by how many threads.
 
 Memory: a block is let go when the last tile that needs it has been made. In row order that is at most two rows of
-blocks, `2 x 512 x level width x 3` bytes.
+blocks, `2 x 512 x level width x 3` bytes; of stored tiles of over 512 px, two rows of these.
 """
 
 from collections import Counter, deque
@@ -27,6 +27,8 @@ from wsi_idc.units import LevelPx, TilePx
 
 BLOCK = LevelPx(512)
 """Side of a block in level pixels; rounded up to whole stored tiles."""
+TILE_BLOCK = LevelPx(192)
+"""The same where stored tiles are decoded one by one: mostly one tile, so that none is decoded that no tile needs."""
 UPSAMPLING = 0.01
 """A level at most this part coarser than asked still counts as fine enough."""
 MARGIN = TilePx(2)
@@ -58,8 +60,12 @@ def choose_source(slide: Slide, grid: Grid) -> Source:
     down = slide.levels[level].downsample
     scale = (asked / (slide.mpp[0] * down[0]), asked / (slide.mpp[1] * down[1]))
     stored = all(abs(value - 1) * grid.spec.size_px < 0.5 for value in scale)
-    width, height = (side if 0 < side <= BLOCK else 1 for side in slide.levels[level].block)
-    block = (LevelPx(width * -(-BLOCK // width)), LevelPx(height * -(-BLOCK // height)))
+    width, height = slide.levels[level].block
+    if slide.decodes_tiles(level):
+        least = TILE_BLOCK
+    else:
+        least, (width, height) = BLOCK, (side if 0 < side <= BLOCK else LevelPx(1) for side in (width, height))
+    block = (LevelPx(width * -(-least // width)), LevelPx(height * -(-least // height)))
     return Source(level, scale, stored, block)
 
 

@@ -130,6 +130,10 @@ def test_two_pages_of_one_size_are_openslides(tmp_path):
     assert check(write(tmp_path / "a.tif", sizes=(SIZE, (350, 265), (350, 265)))) == {0}
 
 
+def test_tiles_so_large_that_openslide_had_better_keep_them_are_openslides(tmp_path):
+    assert check(write(tmp_path / "a.tif", tile=(1040, 1040))) == set()
+
+
 @pytest.mark.parametrize("description", [None, APERIO])
 def test_a_file_with_absent_tiles_is_openslides(tmp_path, description):
     path = write(tmp_path / "a.tif", sizes=(SIZE, (350, 265)), description=description)

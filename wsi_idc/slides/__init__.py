@@ -113,6 +113,10 @@ class Slide:
         """Whether threads may read from it at once."""
         return self._backend.shared
 
+    def decodes_tiles(self, level: int) -> bool:
+        """Whether small regions of a level cost no more a pixel than large ones, if they are whole stored tiles."""
+        return isinstance(self._backend, OpenSlideBackend) and self._backend.decodes_tiles(level)
+
     def level_mpp(self, level: int) -> Mpp:
         """um/px of a level: the finer of its two axes."""
         down = self.levels[level].downsample

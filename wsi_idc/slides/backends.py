@@ -158,6 +158,13 @@ class OpenSlideBackend:
             self._handles.append(handle)
         return handle
 
+    def decodes_tiles(self, level: int) -> bool:
+        """Whether a level is read by decoding no more than the stored tiles that a region touches, to one result.
+
+        Elsewhere OpenSlide may blend neighbouring pixels, by where a region begins.
+        """
+        return self._stored is not None and self._stored.takes(level)
+
     def read(self, level: int, x: LevelPx, y: LevelPx, width: LevelPx, height: LevelPx) -> NDArray[np.uint8]:
         """See `Backend.read`."""
         pixels = None if self._stored is None else self._stored.read(level, x, y, width, height)

@@ -30,11 +30,13 @@ FORMATS = ("aperio", "generic-tiff")
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR = 256, 257, 258, 259, 262, 277, 284
 _TILE_WIDTH, _TILE_HEIGHT, _JPEG_TABLES = 322, 323, 347
-_COLOURS = {(2,): (b"\0", "RGB"), (6,): (b"\1", "YCbCr")}
+_COLOURS: dict[tuple[int, ...], tuple[bytes, str]] = {(2,): (b"\0", "RGB"), (6,): (b"\1", "YCbCr")}
 """What a TIFF calls its colours -> what Adobe's mark in a JPEG does, and simplejpeg. OpenSlide goes by the TIFF."""
 _ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _MOST_TABLES = 2**16
+_MOST_SIDE = 1024
+"""Larger tiles are left to OpenSlide, which keeps some decoded: regions read here are no larger."""
 
 _Kind: TypeAlias = tuple[int, int, str, str]
 """(height, width, colours, subsampling) of a JPEG, in simplejpeg's words."""
@@ -86,24 +88,20 @@ class StoredTiles:
         Returns:
             uint8 (height, width, 3), OpenSlide's own; None: ask OpenSlide.
         """
-        tiles = self._levels.get(level)
-        if tiles is None:
-            return None
-        if level not in self._kinds:
-            with self._lock:
-                if level not in self._kinds:
-                    self._kinds[level] = self._look(level, tiles)
-        kind = self._kinds[level]
+        kind = self._kind(level)
         if kind is None:
             return None
-        pixels = np.empty((height, width, 3), np.uint8)
+        tiles = self._levels[level]
         across, down = tiles.tile
+        pixels = np.empty((height, width, 3), np.uint8)
         for row in range(y // down, -(-(y + height) // down)):
             for column in range(x // across, -(-(x + width) // across)):
                 tile = self._decode(tiles, row, column, kind)
                 if tile is None:
                     return None
                 left, top = column * across - x, row * down - y
+                if (left, top, width, height) == (0, 0, across, down):
+                    return tile
                 part = tile[max(-top, 0) : height - top, max(-left, 0) : width - left]
                 top, left = max(top, 0), max(left, 0)
                 pixels[top : top + part.shape[0], left : left + part.shape[1]] = part
@@ -113,11 +111,23 @@ class StoredTiles:
         """Let go of the file."""
         self._file.close()
 
-    def _look(self, level: int, tiles: _Tiles) -> _Kind | None:
+    def takes(self, level: int) -> bool:
+        """Whether a level is read from its tiles, but for those that fail."""
+        return self._kind(level) is not None
+
+    def _kind(self, level: int) -> _Kind | None:
+        """What the JPEGs of a level are; None where it is left to OpenSlide."""
+        with self._lock:
+            if level not in self._kinds:
+                self._kinds[level] = self._look(level) if level in self._levels else None
+            return self._kinds[level]
+
+    def _look(self, level: int) -> _Kind | None:
         """What its tiles are, by the one of most bytes; None where that is not OpenSlide's to the bit."""
         from openslide import OpenSlideError
         from simplejpeg import decode_jpeg_header
 
+        tiles = self._levels[level]
         row, column = divmod(int(tiles.places[:, 1].argmax()), tiles.per_row)
         try:
             kind = decode_jpeg_header(self._bytes(tiles, row, column))
@@ -189,7 +199,7 @@ def _tiles(tiff: Tiff, page: Page, level: "Level", places: NDArray[np.int64]) ->
     tables = tiff.content(page[_JPEG_TABLES], _MOST_TABLES) if _JPEG_TABLES in page else _START + _END
     if (
         _numbers(tiff, page, _TILE_WIDTH, _TILE_HEIGHT) != level.block
-        or 0 in level.block
+        or not 0 < min(level.block) <= max(level.block) <= _MOST_SIDE
         or len(places) != -(-level.size[0] // across) * -(-level.size[1] // down)
         or _numbers(tiff, page, _COMPRESSION, _SAMPLES) != (7, 3)
         or _numbers(tiff, page, _PLANAR) not in ((), (1,))
