@@ -226,7 +226,7 @@ def run(night: Night, settings: InForce, *, progress: Progress) -> None:
 
 
 def _report(address: str, model: Path, settings: ReportSettings, listed: Collection[str]) -> Summary:
-    """Write the page; a slide that it shows is done, whatever is shown of it."""
+    """Write the page, unless it is made from the same; a slide that it shows is done, whatever is shown of it."""
     from wsi_idc.report import write
 
     start, outcomes = time.monotonic(), dict[str, Outcome]()
@@ -236,11 +236,13 @@ def _report(address: str, model: Path, settings: ReportSettings, listed: Collect
         settings.out,
         threshold=settings.threshold,
         listed=listed,
+        keep=True,
         listener=lambda slides: _Kept(outcomes, {}, None),
     )
     strange = written.counts.get("suspicious", 0)
     look = f"; {strange:,} slide{'s' if strange != 1 else ''} to look at" if strange else ""
-    return Summary({}, outcomes, time.monotonic() - start, (f"the page is {written.page}{look}",))
+    plans = dict.fromkeys(written.slides, Plan("skip", "already done")) if written.kept else {}
+    return Summary(plans, outcomes, time.monotonic() - start, (f"the page is {written.page}{look}",))
 
 
 def check_outputs(settings: InForce) -> None:

@@ -247,6 +247,7 @@ def test_flags_are_shown_and_filed_as_suspicious(kinds, tmp_path):
             facts=[],
             notes=[],
             pictures=pictures,
+            mark="",
         )
     row = Read(text).rows["a"]
     assert row["kinds"] == ["done", "suspicious"] and "stain: unlike <b>those</b> of training" in row["text"]
@@ -318,6 +319,59 @@ def test_a_page_and_its_pictures_change_together(kinds, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert write(kinds / "tiles.zarr", "mean", out).folder is None
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.fixture
+def kept(kinds, tmp_path):
+    """A folder with a store of its own, and its page; gives what looks again whether the page may stay."""
+    shutil.copytree(kinds, tmp_path, dirs_exist_ok=True)
+
+    def again(**options):
+        options = {"model": str(tmp_path / "bundle"), "out": tmp_path / "report.html", "keep": True, **options}
+        return write(tmp_path / "tiles.zarr", **options)
+
+    again()
+    return again
+
+
+def test_a_page_that_was_made_from_the_same_is_left_as_it_is(kept, tmp_path):
+    before = digest_of(tmp_path)
+    first, second = kept(keep=False), kept()
+    assert not first.kept and second.kept and kept().kept
+    assert (second.counts, second.slides, second.folder) == (first.counts, first.slides, None)
+    assert first.counts["slides"] == 7 and before != digest_of(tmp_path)  # the time when it was written
+    (tmp_path / "report.html").write_text("<!doctype html>")
+    assert not kept().kept and kept().kept
+
+
+@pytest.mark.parametrize("change", ["a slide", "a map", "the card", "the model", "a threshold", "the manifest", "only"])
+def test_a_page_that_would_be_another_is_written_again(kept, tmp_path, change):
+    options = {
+        "a threshold": {"threshold": 0.7},
+        "the manifest": {"listed": ["a"]},
+        "only": {"only": ["b"]},
+    }.get(change, {})
+    store = open_store(tmp_path / "tiles.zarr")
+    if change in ("a slide", "a map"):
+        node = store.slide_node("b") if change == "a slide" else store.map_node("mean", "b")
+        path = tmp_path / "tiles.zarr" / node.path / "zarr.json"
+        document = json.loads(path.read_text())
+        document["attributes"]["committed"] = "2020-01-01T00:00:00+00:00"
+        path.write_text(json.dumps(document))
+    elif change in ("the card", "the model"):
+        path = tmp_path / "bundle" / ("CARD.md" if change == "the card" else "bundle.json")
+        path.write_text(path.read_text().replace("A card" if change == "the card" else "The <i>", "Another "))
+    assert not kept(**options).kept
+    assert kept(**options).kept
+
+
+def test_a_page_whose_pictures_are_gone_is_written_again(kept, monkeypatch):
+    monkeypatch.setattr("wsi_idc.report.pictures.PAGE_BYTES", 1000)
+    first = kept(threshold=0.7)
+    second = kept(threshold=0.7)
+    assert second.kept and second.folder == first.folder
+    next(first.folder.iterdir()).unlink()
+    assert not kept(threshold=0.7).kept
 
 
 def test_two_runs_do_not_write_pictures_of_one_page(kinds, tmp_path, monkeypatch):

@@ -106,21 +106,16 @@ def write_tiles_csv(result: Result, path: Path) -> None:
     """
     columns = tile_columns(result)
     with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([safe_cell(name) for name in columns])
-        writer.writerows(map(_row, zip(*(values.tolist() for values in _shown(columns)), strict=True)))
+        csv.writer(stream, lineterminator="\n").writerow([safe_cell(name) for name in columns])
+        # Numbers need no quotes: joined, they take half the time of a writer.
+        stream.writelines(f"{','.join(row)}\n" for row in zip(*map(_texts, columns.values()), strict=True))
 
 
-def _row(values: Sequence[Any]) -> list[Any]:
-    return ["" if value != value else value for value in values]
-
-
-def _shown(columns: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    """float32 by its own shortest digits: 0.1, not 0.10000000149011612."""
-    return [
-        np.array([float(str(value)) for value in values]) if values.dtype == np.float32 else values.astype(np.int64)
-        for values in columns.values()
-    ]
+def _texts(values: NDArray[Any]) -> list[str]:
+    """A column's numbers; float32 by its own shortest digits (0.1, not 0.10000000149011612), NaN as nothing."""
+    if values.dtype == np.float32:
+        return ["" if text == "nan" else text for text in map(str, values)]
+    return list(map(str, values.astype(np.int64).tolist()))
 
 
 def write_parquet(table: Any, stream: Any) -> None:

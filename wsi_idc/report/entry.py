@@ -14,9 +14,10 @@ from wsi_idc.report.pictures import (
     THUMB_PX,
     TILE_PX,
     Pictures,
+    jpeg,
     map_png,
+    smaller,
     thumb_with_map,
-    webp,
 )
 from wsi_idc.results import Absent, Measures, Region, Result
 from wsi_idc.store import Store, StoredSlide
@@ -135,7 +136,7 @@ def entry(store: Store, found: Result | Absent, pictures: Pictures) -> Entry:
 
 def _of_result(result: Result, pictures: Pictures) -> Entry:
     slide = result.slide
-    plain = _of_slide(slide, pictures)
+    plain, thumb = _of_slide(slide, pictures)
     probability = result.probability
     attributes = result.map.attributes
     made = {
@@ -155,10 +156,10 @@ def _of_result(result: Result, pictures: Pictures) -> Entry:
         return replace(facts, state="empty", words="empty", why=_why_empty(slide))
     grid, pitch = slide.grid, slide.spec.stride_px * slide.spec.mpp / 1000
     picture = facts.picture
-    if picture is not None:
+    if picture is not None and thumb is not None:
         covers = (grid.shape[1] * pitch, grid.shape[0] * pitch)
         picture = replace(picture, map_name=pictures.add(map_png(result), "png"), map_size=covers)
-        facts = replace(facts, picture=picture, overlay=pictures.add(thumb_with_map(result, OPACITY), "webp"))
+        facts = replace(facts, picture=picture, overlay=pictures.add(thumb_with_map(thumb, result, OPACITY), "jpeg"))
     tiles = _strongest(result, pictures)
     return replace(
         facts,
@@ -184,7 +185,7 @@ def _of_absent(store: Store, absent: Absent, pictures: Pictures) -> Entry:
         record = store.slide_node(absent.slide_id).record()
         return Entry(absent.slide_id, state, absent.why, words, _known(record.attributes))
     try:
-        plain = _of_slide(absent.slide, pictures)
+        plain, _ = _of_slide(absent.slide, pictures)
     except StoreDamageError as error:
         return Entry(absent.slide_id, "failed", f"{error.subject}: {error.problem}", "damaged")
     if not absent.slide.count and absent.kind == "no map":
@@ -192,18 +193,20 @@ def _of_absent(store: Store, absent: Absent, pictures: Pictures) -> Entry:
     return replace(plain, state=state, words=words, why=absent.why)
 
 
-def _of_slide(slide: StoredSlide, pictures: Pictures) -> Entry:
-    """What its tiles say, whatever became of its map."""
+def _of_slide(slide: StoredSlide, pictures: Pictures) -> tuple[Entry, NDArray[np.uint8] | None]:
+    """What its tiles say, whatever became of its map; and its small picture, uint8 (h, w, 3), where it has one."""
     attributes = slide.attributes
     thumbnail = slide.thumbnail
     width, height = (side * mpp / 1000 for side, mpp in zip(slide.grid.size, slide.mpp, strict=True))
-    thumb, picture = "", None
+    thumb, picture, small = "", None, None
     if thumbnail.size:
-        thumb = pictures.add(webp(thumbnail, THUMB_PX), "webp")
-        picture = Picture(pictures.add(webp(thumbnail, PICTURE_PX), "webp"), (width, height))
+        large = smaller(thumbnail, PICTURE_PX)
+        small = smaller(large, THUMB_PX)
+        thumb = pictures.add(jpeg(small), "jpeg")
+        picture = Picture(pictures.add(jpeg(large), "jpeg"), (width, height))
     made_from = {name: value for name, value in slide.made_from.items() if name not in _OF_ONE_SLIDE}
     x, y = slide.mpp
-    return Entry(
+    entry = Entry(
         slide.slide_id,
         "done",
         words="done",
@@ -221,6 +224,7 @@ def _of_slide(slide: StoredSlide, pictures: Pictures) -> Entry:
         made={"tiles": made_from, "tile versions": attributes["complete"].get("versions") or {}},
         labelled=bool(slide.count and np.isfinite(slide.idc).any()),
     )
+    return entry, small
 
 
 _OF_ONE_SLIDE = ("source", "annotation", "mask", "slide um/px")
@@ -254,7 +258,7 @@ def _strongest(result: Result, pictures: Pictures) -> list[Tile]:
         pixels = np.stack([found[place] for place in chosen.tolist()])
     return [
         Tile(
-            pictures.add(webp(picture, TILE_PX, 88), "webp"),
+            pictures.add(jpeg(smaller(picture, TILE_PX), 90, subsampling=0), "jpeg"),
             float(probability[tile]),
             ((x0 + x1) / 2 * slide.mpp[0] / 1000, (y0 + y1) / 2 * slide.mpp[1] / 1000),
         )

@@ -45,6 +45,7 @@ def html_page(
     facts: Sequence[tuple[str, str]],
     notes: Sequence[str],
     pictures: Pictures,
+    mark: str,
 ) -> str:
     """The page.
 
@@ -58,6 +59,7 @@ def html_page(
         facts: what else the page was made from, by name.
         notes: what must be said at the top.
         pictures: of these slides; where they are decides their addresses.
+        mark: what the page says of itself, see `kept`.
     """
     import jinja2
 
@@ -72,6 +74,7 @@ def html_page(
     style = base_style() + own
     return environment.from_string(place.joinpath("page.html.j2").read_text("utf-8")).render(
         use=USE,
+        mark=mark,
         style=Markup(style),
         script=Markup(script),
         style_hash=_hash(style),

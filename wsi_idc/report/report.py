@@ -1,12 +1,13 @@
 """The page of a run, from the store: what was done, each slide with its map, and what it all was made from.
 
-Slides are read one after the other; what stays of each are words, numbers and its pictures as files. Nothing is
-written to the store.
+Slides are read a few at a time; what stays of each are words, numbers and its pictures as files. Nothing is written to
+the store.
 """
 
 import platform
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,9 +19,10 @@ from wsi_idc.files import starts_otherwise, write_whole
 from wsi_idc.model.bundle import SHIPPED, LoadedBundle, read_bundle
 from wsi_idc.report.entry import Entry, entry
 from wsi_idc.report.judged import Judged, judge
+from wsi_idc.report.kept import made_from, mark, standing
 from wsi_idc.report.page import counts, html_page
-from wsi_idc.report.pictures import PAGE_BYTES, Pictures, writing
-from wsi_idc.results import Choice, Result, choose_model, limited, look
+from wsi_idc.report.pictures import PAGE_BYTES, Pictures, folders_of, writing
+from wsi_idc.results import Absent, Choice, Result, choose_model, limited, look
 from wsi_idc.store import Store, open_store
 from wsi_idc.work.jobs import Listener, Outcome
 
@@ -28,6 +30,8 @@ BEGINNING = b"<!doctype html>"
 """Of a page: no other file is replaced by one."""
 MAX_CARD = 200_000
 """Characters of a model's card that are shown."""
+_AT_ONCE = 4
+"""Slides that are drawn at once; each holds its small picture and some tiles."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,18 @@ class Written:
 
     Attributes:
         page: the page.
+        slides: those that it shows.
         folder: of its pictures, where they are not in the page.
         counts: slides, and how many of them are done, failed, stale, suspicious, empty and not scored; a suspicious
             one is one of the others too.
+        kept: whether it was there, made from the same, and left as it is.
     """
 
     page: Path
+    slides: Sequence[str]
     folder: Path | None
     counts: Mapping[str, int]
+    kept: bool = False
 
 
 def write(
@@ -54,6 +62,7 @@ def write(
     threshold: float | None = None,
     only: Sequence[str] = (),
     listed: Collection[str] | None = None,
+    keep: bool = False,
     listener: Callable[[Sequence[str]], Listener] | None = None,
 ) -> Written:
     """Write the page of all slides in a store, or of those of `only`.
@@ -67,6 +76,7 @@ def write(
         threshold: P(positive) from which a tile is positive; None: the model's.
         only: slide ids to which it is limited; all where empty.
         listed: slide ids of the manifest: the page names slides that left it. None: no manifest was given.
+        keep: leave a page as it is that was made from the same.
         listener: is given the slides, and told when each was looked at.
 
     Raises:
@@ -81,16 +91,25 @@ def write(
         raise UsageError(store.address, "has no slides", "run wsi-idc extract first")
     names = limited(stored, only)
     _try_writing(out)
+    card = _card_text(bundle)
+    shown = None if listed is None else [name in listed for name in names]
+    made = made_from(store, choice, bundle, card, names, only=sorted(set(only)), threshold=threshold, listed=shown)
+    if keep and (stands := standing(out, folders_of(out), made)):
+        return Written(out, names, *stands, kept=True)
     told = listener(names) if listener else None
     entries: list[Entry] = []
     about: Mapping[str, Any] = {}
     positive = "IDC"
-    with Pictures(out) as pictures:
-        for name in names:
+    with Pictures(out) as pictures, ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="draw") as executor:
+
+        def draw(name: str) -> tuple[Result | Absent, Entry]:
             found = look(store, choice, name, threshold)
+            return found, entry(store, found, pictures)
+
+        for name, (found, one) in zip(names, executor.map(draw, names), strict=True):
             if isinstance(found, Result):
                 about, positive = found.map.attributes["model"], found.positive
-            entries.append(entry(store, found, pictures))
+            entries.append(one)
             if told:
                 told.ended(name, Outcome("done"))
         judged = judge(store, bundle, entries, pictures, threshold) if not only else _left_out(entries)
@@ -102,10 +121,11 @@ def write(
                 positive=positive,
                 judged=judged,
                 card=_card(choice, bundle, about),
-                card_text=_card_text(bundle),
+                card_text=card,
                 facts=_facts(store, bundle, about, threshold, only),
                 notes=_notes(store, entries, listed),
                 pictures=pictures,
+                mark=mark(made, counts(entries), pictures.folder, len(pictures)),
             ).encode()
 
         content = page()
@@ -114,7 +134,7 @@ def write(
             content = page()
         with writing(out):
             write_whole(out, content)
-        return Written(out, pictures.folder, counts(entries))
+        return Written(out, names, pictures.folder, counts(entries))
 
 
 def _choose(store: Store, model: str | None) -> tuple[Choice, LoadedBundle | None]:

@@ -20,6 +20,7 @@ from wsi_idc.sources import version as version_of
 from wsi_idc.staging import Stage, Wanted, at_hand, drop, unusable
 from wsi_idc.store import Node, Ticket, admit
 from wsi_idc.store.slide import create_tiles, identity, pixels_from, tiles_per_shard, write_shards
+from wsi_idc.versions import installed
 from wsi_idc.work.jobs import Block, Outcome, Prepared, Work
 
 SHARDS_PER_BLOCK = 16
@@ -348,7 +349,5 @@ def unseen_store(ticket: Ticket) -> list[str]:
 
 def versions() -> dict[str, str]:
     """What the result was made with."""
-    from importlib.metadata import version
-
     packages = ("tiatoolbox", "openslide-python", "openslide-bin", "numpy", "pillow", "zarr")
-    return {"wsi-idc": __version__, **{name: version(name) for name in packages}}
+    return {"wsi-idc": __version__, **{name: installed(name) for name in packages}}

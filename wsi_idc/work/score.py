@@ -31,6 +31,7 @@ from wsi_idc.staging import Stage, Wanted, at_hand, drop, unusable
 from wsi_idc.store import Node, Store, StoredSlide, Ticket, admit
 from wsi_idc.store.ngff import ngff_attributes
 from wsi_idc.store.slide import tiles_per_shard
+from wsi_idc.versions import installed
 from wsi_idc.work.cut import unseen_store
 from wsi_idc.work.jobs import Block, Outcome, Prepared, Work
 
@@ -368,6 +369,4 @@ def _positive(fields: Bundle, probability: NDArray[np.float32]) -> int | None:
 
 def versions(form: Form) -> dict[str, str]:
     """What the map was made with."""
-    from importlib.metadata import version
-
-    return {"wsi-idc": __version__, **{name: version(name) for name in (form.engine, "zarr", "numpy")}}
+    return {"wsi-idc": __version__, **{name: installed(name) for name in (form.engine, "zarr", "numpy")}}
