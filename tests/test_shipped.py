@@ -21,7 +21,7 @@ def test_it_is_a_bundle_for_the_default_tiles_and_no_larger_than_it_must_be():
     assert bundle.fields.name == SHIPPED.name
     bundle.check_fits(TileSpec())
     assert bundle.form("auto") == bundle.form("int8")
-    assert (bundle.form("auto").file, bundle.form("auto").engine) == ("model.int8.onnx", "onnxruntime")
+    assert (bundle.form("auto").file, bundle.form("auto").engine) == ("model.int8.onnx", "openvino")
     assert bundle.form("float32").file == bundle.form("auto", cuda=True).file == bundle.weights.name
     assert (SHIPPED / "model.int8.onnx").stat().st_size < 28 * MIB
     assert bundle.weights.stat().st_size < 50 * MIB

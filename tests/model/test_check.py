@@ -126,7 +126,7 @@ def test_show_says_what_a_bundle_is(bundle):
     told = dict(line.split("  ", 1) for line in done.stdout.splitlines() if "  " in line)
     told = {name: value.strip() for name, value in told.items()}
     assert (told["name"], told["licence"], told["title"], told["train patients"]) == ("mean", "CC0", "<b>", "2")
-    assert told["forms"] == "float32 by onnxruntime on cpu"
+    assert told["forms"] == "float32 by openvino on cpu"
     assert told["limit"] == r"\x1b[31mred"
     assert told["roc_auc"].split() == ["0.900", "0.800", "to", "unknown"]
     assert "Research use only" in done.stdout

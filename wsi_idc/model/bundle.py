@@ -205,7 +205,7 @@ class Form:
 
     file: str
     digest: str
-    engine: Literal["onnxruntime", "torch"]
+    engine: Literal["openvino", "torch"]
     precision: Literal["int8", "float32", "float16"]
     device: Literal["cpu", "cuda"]
 
@@ -258,7 +258,7 @@ class LoadedBundle:
             return weights
         if not path.is_file():
             raise ModelError(self.folder, f"graph: {path.name} is missing", "the bundle is not whole: copy it again")
-        return Form(path.name, self._digest(path), "onnxruntime", "int8" if int8 else "float32", "cpu")
+        return Form(path.name, self._digest(path), "openvino", "int8" if int8 else "float32", "cpu")
 
     def weights_form(self) -> Form | None:
         """The weights by torch on the CPU; None where the bundle has no network with weights.

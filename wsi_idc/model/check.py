@@ -1,6 +1,7 @@
 """Whether a bundle still answers what it answered, in each of its forms, and how fast it is here."""
 
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +11,13 @@ from wsi_idc.digests import checksum
 from wsi_idc.errors import ModelError
 from wsi_idc.model.bundle import Form, LoadedBundle
 from wsi_idc.model.known import made_tiles
-from wsi_idc.model.runtime import BATCH, Runtime, load_runtime, predict_all
+from wsi_idc.model.runtime import Runtime, load_runtime, predict_all
 
 TOLERANCES = {"float32": 0.001, "float16": 0.02, "int8": 0.1}
 """The largest difference of a probability that is allowed, by precision. The shipped int8 graph differs from its
 float32 weights by up to 0.007 on the made tiles, and by up to 0.06 on 600 real ones (0.003 in the mean)."""
-_SECONDS, _PIXELS = 1.0, 2**23
-"""How long the rate is measured, and pixels that are scored at once."""
+_SECONDS = 1.0
+"""How long the rate is measured."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,13 @@ def _held(form: Form, rate: float, found: NDArray[np.float32], expected: NDArray
 
 def _rate(runtime: Runtime, tiles: NDArray[np.uint8]) -> float:
     """Tiles per second, over about a second, after a first batch."""
-    count = max(1, min(BATCH, _PIXELS // tiles.shape[1] ** 2))
-    batch = np.resize(tiles, (count, *tiles.shape[1:]))
+    batch = np.resize(tiles, (runtime.batch, *tiles.shape[1:]))
     runtime.predict(batch)
-    begun, done, seconds = time.perf_counter(), 0, 0.0
-    while not done or seconds < _SECONDS:
-        runtime.predict(batch)
-        done, seconds = done + count, time.perf_counter() - begun
+    start, done, seconds = time.perf_counter(), 0, 0.0
+    begun = deque(runtime.begin(batch) for _ in range(runtime.ahead))
+    while begun:
+        begun.popleft().result()
+        done, seconds = done + len(batch), time.perf_counter() - start
+        if seconds < _SECONDS:
+            begun.append(runtime.begin(batch))
     return done / seconds

@@ -151,6 +151,21 @@ def _take_in(model: Any, path: Path, size: int) -> None:
         raise ModelError(path, f"its weights cannot be read ({_first_line(error)})", advice) from error
 
 
+def keeps_weights_elsewhere(data: bytes) -> bool:
+    """Whether a graph takes weights from other files (ONNX's external data).
+
+    Args:
+        data: the graph's file, which may be damaged.
+    """
+    from onnx.external_data_helper import uses_external_data
+
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception:
+        return False
+    return any(uses_external_data(tensor) for tensor in _tensors(model.graph))
+
+
 def _tensors(graph: Any) -> Iterator[Any]:
     """Every constant of a graph and of the graphs within it."""
     yield from graph.initializer
@@ -206,6 +221,11 @@ def ends_in(model: Any, output: str) -> str:
         seen.add(output)
         output = makers[output].input[0]
     return makers[output].op_type if output in makers else ""
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether a graph computes in whole numbers."""
+    return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
 
 
 def run_graph(model: Any, path: Path, output: str, images: NDArray[Any]) -> NDArray[np.float32]:

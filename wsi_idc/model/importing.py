@@ -20,13 +20,15 @@ from wsi_idc.errors import ModelError, UsageError, system_reason
 from wsi_idc.files import whole_folder, write_whole
 from wsi_idc.model.bundle import Bundle, first_fault, read_bundle
 from wsi_idc.model.foreign import ForeignModel, ImportOptions, reader_of
-from wsi_idc.model.graphs import Activation, complete, ends_in, output_of, port_of
+from wsi_idc.model.graphs import Activation, complete, ends_in, is_quantised, output_of, port_of
 from wsi_idc.model.known import answers, made_tiles
 from wsi_idc.model.runtime import load_runtime
 from wsi_idc.names import check_slide_id
 
 TOLERANCE = 0.001
 """The largest difference of a probability between the original and the bundle."""
+INT8_TOLERANCE = 0.03
+"""The same where the graph holds whole numbers: one engine rounds between two layers where another does not."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,9 @@ def _write(source: ForeignModel, folder: Path, name: str, options: ImportOptions
     _put(folder, fields, options)
     runtime = load_runtime(read_bundle(folder), "float32", 0)
     found = runtime.predict(tiles)
-    difference = _compare(source.path, _probabilities(raw, activation), found)
+    difference = _compare(
+        source.path, _probabilities(raw, activation), found, INT8_TOLERANCE if is_quantised(graph) else TOLERANCE
+    )
     alone = np.concatenate([runtime.predict(tiles[n : n + 1]) for n in range(3)])
     if np.abs(alone - found[:3]).max() > TOLERANCE:
         problem = "answers otherwise to a tile alone than to one among others"
@@ -204,7 +208,7 @@ def _probabilities(raw: NDArray[np.float32], activation: Activation) -> NDArray[
     return values if values.shape[1] > 2 else values[:, -1]
 
 
-def _compare(path: Path, wanted: NDArray[np.float64], found: NDArray[np.float32]) -> float:
+def _compare(path: Path, wanted: NDArray[np.float64], found: NDArray[np.float32], tolerance: float) -> float:
     """The largest difference.
 
     Raises:
@@ -215,8 +219,8 @@ def _compare(path: Path, wanted: NDArray[np.float64], found: NDArray[np.float32]
         advice = "say what they are: --output sigmoid or softmax"
         raise ModelError(path, f"gives numbers from {low:.3g} to {high:.3g}, no probabilities", advice)
     difference = float(np.abs(found - wanted).max())
-    if not difference <= TOLERANCE:
-        problem = f"the graph made of it differs from it by {difference:.2g}, {TOLERANCE:g} is allowed"
+    if not difference <= tolerance:
+        problem = f"the graph made of it differs from it by {difference:.2g}, {tolerance:g} is allowed"
         raise ModelError(path, problem, "nothing was written")
     return difference
 

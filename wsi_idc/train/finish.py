@@ -127,7 +127,7 @@ def _write(
         card["training"]["cross_validation"] = plain(study.recorded)
     put_json(folder / "bundle.json", card)
     _check_graph(folder, probability, pixels["val"], settings.threads)
-    by_weights = TorchRuntime(read_bundle(folder), "cpu", settings.threads)
+    by_weights = TorchRuntime(read_bundle(folder), settings.threads)
     card["known"] = answers(by_weights.predict, tiles.spec.size_px).model_dump(mode="json")
     notes = list(evaluation.notes)
     quantize(folder / "model.onnx", folder / "model.int8.onnx", _calibration(pixels["train"], settings.seed))
@@ -218,7 +218,10 @@ def _card(
             **patients,
             "versions": {
                 "python": platform.python_version(),
-                **{package: version(package) for package in ("wsi-idc", "torch", "lightning", "onnxruntime")},
+                **{
+                    package: version(package)
+                    for package in ("wsi-idc", "torch", "lightning", "onnxruntime", "openvino")
+                },
             },
             "limits": list(LIMITS),
         },

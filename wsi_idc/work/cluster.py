@@ -23,7 +23,7 @@ from wsi_idc.errors import ClusterError, UsageError, WorkersError
 from wsi_idc.work.jobs import Capacity, Job, Place
 from wsi_idc.work.processes import DaskPlace, hush
 
-PACKAGES = ("wsi-idc", "dask", "distributed", "zarr", "numpy", "onnxruntime", "torch")
+PACKAGES = ("wsi-idc", "dask", "distributed", "zarr", "numpy", "openvino", "torch")
 """What must be the same everywhere: a map made by several workers is one result."""
 _LOOKED_AT = 3
 """Of the jobs: the first are what a worker is asked about."""
