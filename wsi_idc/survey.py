@@ -224,8 +224,11 @@ def _packed(values: NDArray[np.generic]) -> int:
     """Bytes that an array takes in the store."""
     import zarr
 
+    from wsi_idc.store.node import compressors
+
     chunks = tuple(max(1, side) for side in values.shape)
-    return int(zarr.create_array(zarr.storage.MemoryStore(), data=values, chunks=chunks).nbytes_stored())
+    memory = zarr.storage.MemoryStore()
+    return int(zarr.create_array(memory, data=values, chunks=chunks, compressors=compressors()).nbytes_stored())
 
 
 def _middle(cells: NDArray[np.int32]) -> NDArray[np.int32]:

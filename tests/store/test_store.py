@@ -168,9 +168,10 @@ def test_chunks_are_powers_of_two_and_shards_are_whole_chunks(size):
     assert chunk * size * size * 3 <= max(2**20, size * size * 3)
 
 
-def test_tiles_are_read_chunk_by_chunk_and_no_chunk_twice(store, monkeypatch):
-    monkeypatch.setattr("wsi_idc.store.slide.CHUNK_BYTES", 8 * 8 * 3 * 4)
-    monkeypatch.setattr("wsi_idc.store.slide.CHUNKS_PER_SHARD", 2)
+def test_tiles_are_read_by_whole_chunks_and_no_chunk_twice(store, monkeypatch):
+    monkeypatch.setattr("wsi_idc.store.slide.CHUNK_BYTES", 8 * 8 * 3 * 2)
+    monkeypatch.setattr("wsi_idc.store.slide.CHUNKS_PER_READ", 2)
+    monkeypatch.setattr("wsi_idc.store.slide.CHUNKS_PER_SHARD", 4)
     pixels = put_slide(store, count=21)
     slide = store.slide("a")
     read = []
@@ -358,3 +359,38 @@ def test_a_map_of_other_tiles_is_stale(store):
         identity = "y"
 
     assert str(StoredMap(store.map_node("m", "a"), record()).state(Others(), [NEED])) == "stale (tiles changed)"
+
+
+def test_how_arrays_are_packed_is_in_their_metadata_and_no_part_of_what_they_hold(store, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr("wsi_idc.store.node.compressors", lambda: (zarr.codecs.BloscCodec(cname="lz4"),))
+        pixels = put_slide(store, "old", count=9)
+    assert np.array_equal(pixels, put_slide(store, "new", count=9))
+    old, new = store.slide("old"), store.slide("new")
+    assert old.node.array("tiles").compressors != new.node.array("tiles").compressors
+    assert np.array_equal(np.concatenate(list(old.read_tiles())), pixels)
+    assert old.node.record().complete["checksums"] == new.node.record().complete["checksums"]
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, 1.0])
+@pytest.mark.parametrize("dtype", [np.uint8, np.bool_, np.float32])
+def test_of_values_that_are_all_missing_no_chunk_is_written(store, value, dtype):
+    if np.isnan(value) and dtype != np.float32:
+        return
+    node = store.slide_node("a")
+    node.begin()
+    values = np.full((3, 4), value, dtype)
+    checksum = node.put("values", values, ("y", "x"))
+    assert np.array_equal(node.read("values", checksum), values, equal_nan=dtype == np.float32)
+    missing = np.isnan(value) if dtype == np.float32 else not value
+    assert len(list(store.backing.keys("slides/a/values"))) == (1 if missing else 2)
+
+
+def test_black_tiles_are_read_as_they_were_written(store):
+    node = store.slide_node("a")
+    attempt = node.begin()
+    create_tiles(node, SPEC, 5)
+    (written,) = write_shards(node, attempt, 0, iter([np.zeros((5, 8, 8, 3), np.uint8)]))
+    node.commit(attributes(tiles=5, checksums={"tiles": [written[1]]}), attempt)
+    (tiles,) = store.slide("a").read_tiles()
+    assert tiles.shape == (5, 8, 8, 3) and not tiles.any()

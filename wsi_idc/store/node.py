@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
 from zarr.errors import ContainsArrayError
 
 from wsi_idc.digests import checksum
@@ -24,6 +25,11 @@ from wsi_idc.store.backing import Backing
 
 FORMAT = "wsi-idc-store/2"
 """Of the store, and of each record in it: a store that is brought up to date holds older ones until they are redone."""
+
+
+def compressors() -> tuple[ZstdCodec]:
+    """How arrays are packed. Level 3, zarr's choice, takes twice the time, and 1 % less room for real tiles."""
+    return (ZstdCodec(level=1),)
 
 
 def group_document(attributes: Mapping[str, Any]) -> bytes:
@@ -190,6 +196,7 @@ class Node:
                 dtype=dtype,
                 chunks=chunks,
                 shards=shards,
+                compressors=compressors(),
                 fill_value=fill,
                 dimension_names=axes,
                 zarr_format=3,
@@ -202,7 +209,9 @@ class Node:
         chunks = tuple(max(1, side) for side in values.shape)
         array = self.create(name, values.shape, values.dtype, axes=axes, chunks=chunks)
         if values.size:
-            array[...] = values
+            empty = np.isnan(values).all() if np.issubdtype(values.dtype, np.floating) else not values.any()
+            # zarr leaves out a chunk of nothing but the missing value, and takes three times the packing to find it.
+            array.with_config({"write_empty_chunks": not empty})[...] = values
         return checksum(values)
 
     def array(self, name: str, *, writable: bool = False) -> zarr.Array[Any]:
