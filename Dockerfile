@@ -12,9 +12,10 @@ WORKDIR /opt/wsi-idc
 COPY requirements.lock pyproject.toml README.md LICENSE ./
 ARG TORCH=cpu
 # What the commands need, at the versions of the lock, without the development tools that it has too.
+# Compiled here, once: the user below cannot write, and each start would compile half a second's worth again.
 RUN pip install --no-cache-dir "$(grep '^uv==' requirements.lock)" \
     && if [ "$TORCH" = cuda ]; then set --; else set -- --torch-backend cpu; fi \
-    && uv pip install --system --no-cache --constraint requirements.lock "$@" -r pyproject.toml
+    && uv pip install --system --no-cache --compile-bytecode --constraint requirements.lock "$@" -r pyproject.toml
 COPY wsi_idc ./wsi_idc
 RUN pip install --no-cache-dir --no-deps . \
     && useradd --create-home --uid 1000 wsi
