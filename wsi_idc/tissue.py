@@ -6,8 +6,12 @@ ink, out-of-focus glass) absorb red, green and blue alike; haematoxylin and eosi
 each pen colour breaks that order in its own way. No weights are learned.
 """
 
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +36,14 @@ _STAIN_SAMPLE = 100_000
 _STAINED = 0.05
 """Mean optical density from which a pixel of tissue is stained; what is paler is fat and the glass between cells."""
 
+_BAND = 2**15
+"""Pixels of a picture that are looked at together: a dozen planes of them fit a core's cache."""
+_SQUARE = 5
+"""Side in pixels of the squares that a disc is put together from."""
 _GLASS_WHITE = 240.0
 _DARK = 90.0
+_BLACK = 0.7
+"""Mean optical density from which ink is black."""
 
 
 Steps: TypeAlias = dict[str, float]
@@ -85,9 +95,8 @@ def _default_mask(rgb: NDArray[np.uint8], mpp: float, steps: Steps) -> NDArray[n
     if mpp < 4.0:
         size = (max(1, round(shape[1] * mpp / 4.0)), max(1, round(shape[0] * mpp / 4.0)))
         small = _default_mask(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), 4.0, steps)
-        return np.asarray(
-            cv2.resize(small.astype(np.uint8), shape[::-1], interpolation=cv2.INTER_NEAREST), dtype=np.bool_
-        )
+        large = cv2.resize(small.view(np.uint8), shape[::-1], interpolation=cv2.INTER_NEAREST)
+        return np.asarray(large.view(np.bool_), dtype=np.bool_)
     glass = _glass(rgb)
     if glass is None:
         steps[DARK] = 0.0
@@ -99,107 +108,256 @@ def _default_mask(rgb: NDArray[np.uint8], mpp: float, steps: Steps) -> NDArray[n
         steps[step] = round(left - before, 6)
         return left
 
-    sharp = _optical_density(rgb, glass)
-    od = cv2.GaussianBlur(sharp, (0, 0), max(0.7, 6.0 / mpp))
-    r, g, b = od[..., 0], od[..., 1], od[..., 2]
-    stain = g - np.minimum(r, b)
-    brown = (b > 1.1 * g) & (b - r > 0.08)
-    strong = (stain > 0.02) & (stain > 0.15 * g) & (b < 1.1 * g)
-    eosin = strong & (g - r > 0.05)
-    if brown.sum() > 0.5 * eosin.sum() and strong.sum() > 0.5 * brown.sum():
-        strong |= brown  # immunostained: brown is DAB; on an H&E slide it is the ink of a margin
+    look = _look(rgb, glass, mpp)
     # Fat: thin pale walls stand out of what lies around them; smears of mounting medium do not.
-    pink = (g + np.minimum(b, g)) / 2 - r
-    wall = pink - cv2.morphologyEx(pink, cv2.MORPH_OPEN, _disc(64.0 / mpp))
-    weak = (wall > 0.003) & (pink > 0.002) & (pink > 0.2 * g) & (b < 1.1 * g + 0.002)
-    weak &= _density(weak, 150.0 / mpp) > 0.15
-    red_ink, other_ink = _ink(od, mpp)
-    ink = red_ink | other_ink
-    mask = strong | weak
+    weak, textured = look.pale, look.textured
+    for rows, opened in _opened(look.pink, 64.0 / mpp):
+        wall = np.subtract(look.pink[rows], opened, out=opened)
+        weak[rows] &= wall > 0.003
+        np.greater(wall, 0.0015, out=textured[rows])
+    weak &= _dense(weak, 150.0 / mpp, 0.15)
+    mask = np.logical_or(look.strong, weak, out=weak)
     left = told("colours of tissue", 0.0, mask)
-    mask &= ~ink
+    inks = _inks(look, mpp)
+    for ink in inks.values():
+        mask &= ~ink
     left = told("ink", left, mask)
-    # Blurring must not spread tissue onto glass.
-    mask &= sharp[..., 1] > np.maximum(0.004, 0.5 * g)
+    mask &= look.own
     left = told("too pale", left, mask)
-    mask = _remove_small(mask, 1500.0 / mpp**2)
+    pieces = _Pieces(mask)
+    mask = pieces.where(pieces.pixels >= 1500.0 / mpp**2)
     left = told("specks", left, mask)
-    mask = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, _disc(40.0 / mpp)) > 0
-    mask = _fill_holes(mask, wall > 0.0015, mpp) & ~ink
+    mask = cv2.morphologyEx(mask.view(np.uint8), cv2.MORPH_CLOSE, _disc(40.0 / mpp)).view(np.bool_)
+    mask = _fill_holes(mask, textured, mpp)
+    for ink in inks.values():
+        mask &= ~ink
     left = told("holes filled", left, mask)
     # A pixel half on glass is no tissue: at 16 um/px it would add 4 % of an empty 200-um tile on each side.
-    edge = mask & (cv2.erode(mask.astype(np.uint8), np.ones((3, 3), dtype=np.uint8)) == 0)
-    mask &= ~(edge & (sharp[..., 1] < 0.5 * cv2.dilate(g, np.ones((3, 3), dtype=np.uint8))))
+    square = np.ones((3, 3), dtype=np.uint8)
+    edge = mask & ~cv2.erode(mask.view(np.uint8), square).view(np.bool_)
+    for rows in _bands(shape):
+        if edge[rows].any():
+            around, own = _with_halo(rows, 1, shape[0])
+            mask[rows] &= ~(edge[rows] & (look.sharp(rows, 1) < 0.5 * cv2.dilate(look.g[around], square)[own]))
     left = told("half on glass", left, mask)
-    mask = _remove_doubtful(mask, strong, red_ink, od, mpp)
+    mask = _remove_doubtful(mask, look, mpp, red_pen="red" in inks)
     told("small, grey or hardly stained pieces", left, mask)
     return mask
+
+
+def _bands(shape: tuple[int, ...], least: int = 16) -> Iterator[slice]:
+    """Rows of a picture, so many at a time that what is computed of them stays in a core's cache, but no fewer."""
+    rows = max(least, _BAND // shape[1])
+    return (slice(first, min(first + rows, shape[0])) for first in range(0, shape[0], rows))
+
+
+def _with_halo(rows: slice, halo: int, height: int) -> tuple[slice, slice]:
+    """The rows with so many more on each side, as far as the picture has them; and where they lie in these."""
+    around = slice(max(0, rows.start - halo), min(height, rows.stop + halo))
+    return around, slice(rows.start - around.start, rows.stop - around.start)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is known of each pixel by its colour alone.
+
+    Attributes:
+        rgb: uint8 (h, w, 3): the colour.
+        tables: float32 (3, 256): the optical density of each value of a channel.
+        sigma: by which densities are blurred, in pixels.
+        g: float32 (h, w): the optical density of green, blurred as all that follows.
+        stain: float32 (h, w): by how much green is absorbed more than red or blue.
+        pink: float32 (h, w): by how much green and blue are absorbed more than red.
+        strong: bool (h, w): stained beyond doubt.
+        pale: bool (h, w): the colours of walls of fat.
+        own: bool (h, w): dark by itself, not by what blurring spread there.
+        red_pen, sure_red, other_pen: bool (h, w): colours of a red pen, of one beyond doubt, and of other pens.
+        textured: bool (h, w), to be filled in: brighter than what lies around.
+    """
+
+    rgb: NDArray[np.uint8]
+    tables: NDArray[np.float32]
+    sigma: float
+    g: NDArray[np.float32]
+    stain: NDArray[np.float32]
+    pink: NDArray[np.float32]
+    strong: NDArray[np.bool_]
+    pale: NDArray[np.bool_]
+    own: NDArray[np.bool_]
+    red_pen: NDArray[np.bool_]
+    sure_red: NDArray[np.bool_]
+    other_pen: NDArray[np.bool_]
+    textured: NDArray[np.bool_]
+
+    def sharp(self, rows: slice, channel: int) -> NDArray[np.float32]:
+        """Optical density of a channel in some rows, not blurred: float32 (rows, w)."""
+        return _densities(self.rgb[rows][..., channel], self.tables[channel])
+
+    def blurred(self, channel: int) -> NDArray[np.float32]:
+        """Optical density of a channel, blurred: float32 (h, w)."""
+        return _blurred(_densities(self.rgb[..., channel], self.tables[channel]), self.sigma)
+
+
+def _densities(values: NDArray[np.uint8], table: NDArray[np.float32]) -> NDArray[np.float32]:
+    import cv2
+
+    return np.asarray(cv2.LUT(values, table), dtype=np.float32)
+
+
+def _blurred(densities: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
+    import cv2
+
+    return np.asarray(cv2.GaussianBlur(densities, (0, 0), sigma), dtype=np.float32)
+
+
+def _look(rgb: NDArray[np.uint8], glass: NDArray[np.float64], mpp: float) -> _Look:
+    import cv2
+
+    shape = rgb.shape[:2]
+    tables = _density_tables(glass)
+    sigma = max(0.7, 6.0 / mpp)
+    halo = math.ceil(4 * sigma) + 1
+    # In one piece each: the system gives large pieces faster, and what is never written costs nothing.
+    green, stain, pink = np.empty((3, *shape), dtype=np.float32)
+    strong, pale, own, brown, red, sure_red, other, textured = np.zeros((8, *shape), dtype=np.bool_)
+    for rows in _bands(shape, least=4 * halo):
+        around, inner = _with_halo(rows, halo, shape[0])
+        sharp = [_densities(values, table) for values, table in zip(cv2.split(rgb[around]), tables, strict=True)]
+        r, g, b = (_blurred(density, sigma)[inner] for density in sharp)
+        green[rows] = g
+        stained = np.subtract(g, np.minimum(r, b), out=stain[rows])
+        pinkish = np.subtract((g + np.minimum(b, g)) * 0.5, r, out=pink[rows])
+        no_more_blue = 1.1 * g
+        strong[rows] = (stained > 0.02) & (stained > 0.15 * g) & (b < no_more_blue)
+        pale[rows] = (pinkish > 0.002) & (pinkish > 0.2 * g) & (b < no_more_blue + 0.002)
+        own[rows] = sharp[1][inner] > np.maximum(0.004, 0.5 * g)  # blurring must not spread tissue onto glass
+        if (here := b - r > 0.08).any():
+            brown[rows] = here & (b > no_more_blue)
+        red_here, other_here = _pen(r, g, b)
+        if red_here.any():
+            red[rows] = red_here
+            sure_red[rows] = red_here & (g > 0.4) & (r < 0.13 * g) & (b > 0.68 * g)
+        if other_here.any():
+            other[rows] = other_here
+    look = _Look(rgb, tables, sigma, green, stain, pink, strong, pale, own, red, sure_red, other, textured)
+    browns = np.count_nonzero(brown)
+    if browns and np.count_nonzero(strong) > 0.5 * browns:
+        eosin = strong & (green - look.blurred(0) > 0.05)
+        if browns > 0.5 * np.count_nonzero(eosin):
+            strong |= brown  # immunostained: brown is DAB; on an H&E slide it is the ink of a margin
+    return look
+
+
+class _Pieces:
+    """The connected pieces of a mask, by number from 1; 0 is what lies outside it.
+
+    They are known by their runs along the rows, which are few: sums over pieces, and masks of some of them, do not look
+    up a number for every pixel.
+
+    Attributes:
+        labels: int32 (h, w): the number of each pixel's piece.
+        pixels: float64 (n,): how many each has.
+    """
+
+    def __init__(self, mask: NDArray[np.bool_], connectivity: Literal[4, 8] = 8) -> None:
+        import cv2
+
+        self.labels = np.empty(mask.shape, dtype=np.int32)
+        self._count, _ = cv2.connectedComponents(mask.view(np.uint8), self.labels, connectivity)
+        first = np.ones(mask.shape, dtype=np.bool_)
+        np.not_equal(mask[:, 1:], mask[:, :-1], out=first[:, 1:])
+        self._starts = np.flatnonzero(first)
+        self._lengths = np.diff(self._starts, append=mask.size)
+        self._numbers = self.labels.ravel()[self._starts]
+        self.pixels = np.bincount(self._numbers, weights=self._lengths, minlength=self._count)
+
+    def total(self, values: NDArray[np.float32] | NDArray[np.bool_]) -> NDArray[np.float64]:
+        """The sum of the values (h, w) over each piece: float64 (n,)."""
+        flat = values.ravel()
+        if flat.dtype == np.bool_:
+            runs = np.add.reduceat(flat.view(np.uint8), self._starts, dtype=np.int32)
+        else:
+            runs = np.add.reduceat(flat, self._starts)  # pairwise, and a run is no longer than a row
+        return np.asarray(np.bincount(self._numbers, weights=runs, minlength=self._count), dtype=np.float64)
+
+    def where(self, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """bool (h, w): the pieces that are chosen, bool (n,); never what lies outside the mask."""
+        chosen[0] = False
+        return np.repeat(chosen[self._numbers], self._lengths).reshape(self.labels.shape)
 
 
 def _fill_holes(mask: NDArray[np.bool_], textured: NDArray[np.bool_], mpp: float) -> NDArray[np.bool_]:
     """The mask with its small holes filled, and larger ones where walls of fat cross them."""
     import cv2
 
-    count, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
-    area = stats[:, cv2.CC_STAT_AREA] * mpp**2
-    inner = cv2.erode((~mask).astype(np.uint8), _disc(32.0 / mpp)) > 0  # the rim belongs to the mask beside it
-    crossed = np.bincount(labels[textured & inner], minlength=count) * mpp**2 > 0.05 * area
-    fill = (area < 30_000.0) | (crossed & (area < 500_000.0))
-    return np.asarray(mask | fill[labels], dtype=np.bool_)
+    outside = ~mask
+    holes = _Pieces(outside, connectivity=4)
+    area = holes.pixels * mpp**2
+    fill = area < 30_000.0
+    if (~fill & (area < 500_000.0)).any():
+        # The rim belongs to the mask beside it.
+        inner = cv2.erode(outside.view(np.uint8), _disc(32.0 / mpp)).view(np.bool_)
+        inner &= textured
+        fill |= (holes.total(inner) * mpp**2 > 0.05 * area) & (area < 500_000.0)
+    mask |= holes.where(fill)
+    return mask
 
 
-def _ink(od: NDArray[np.float32], mpp: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Strokes of a red pen, and of others, with the blur around them: bool (h, w) each.
+def _inks(look: _Look, mpp: float) -> dict[str, NDArray[np.bool_]]:
+    """Strokes of a red pen, "red", and of others, "other", with the blur around them: bool (h, w), where there are any.
 
     A stroke is a dense area of an ink's colour that has a core of undoubted ink.
     """
     import cv2
 
-    r, g, b = od[..., 0], od[..., 1], od[..., 2]
-    red, other = _pen(od)
-    sure_red = red & (g > 0.4) & (r < 0.13 * g) & (b > 0.68 * g)
-
-    def strokes(pen: NDArray[np.bool_], sure: NDArray[np.bool_], least: float) -> NDArray[np.bool_]:
-        dense = pen & (_density(pen, 150.0 / mpp) > 0.2)
-        near = cv2.dilate(dense.astype(np.uint8), _disc(64.0 / mpp))  # joins the streaks of a dry pen
-        count, labels = cv2.connectedComponents(near, connectivity=8)
-        core = np.bincount(labels[dense & sure], minlength=count) * mpp**2
-        keep = core >= least
-        keep[0] = False
-        return np.asarray(keep[labels], dtype=np.bool_)
-
     # Muscle and blood can have the colour of a red pen, in small areas: only beside a long stroke are small ones ink.
-    least_red = 1_500.0 if sure_red.sum() * mpp**2 > 400_000.0 else 100_000.0
-    return strokes(red, sure_red, least_red), strokes(other, other, 5_000.0)
+    least_red = 1_500.0 if np.count_nonzero(look.sure_red) * mpp**2 > 400_000.0 else 100_000.0
+    found = {}
+    for name, pen, sure, least in (
+        ("red", look.red_pen, look.sure_red, least_red),
+        ("other", look.other_pen, look.other_pen, 5_000.0),
+    ):
+        if np.count_nonzero(sure) * mpp**2 < least:  # all of it together: no stroke can have enough
+            continue
+        dense = _dense(pen, 150.0 / mpp, 0.2)
+        dense &= pen
+        near = cv2.dilate(dense.view(np.uint8), _disc(64.0 / mpp))  # joins the streaks of a dry pen
+        dense &= sure
+        if np.count_nonzero(dense) * mpp**2 < least:
+            continue
+        areas = _Pieces(near.view(np.bool_))
+        ink = areas.total(dense) * mpp**2 >= least
+        if ink[1:].any():
+            found[name] = areas.where(ink)
+    return found
 
 
-def _remove_doubtful(
-    mask: NDArray[np.bool_], strong: NDArray[np.bool_], red_ink: NDArray[np.bool_], od: NDArray[np.float32], mpp: float
-) -> NDArray[np.bool_]:
+def _remove_doubtful(mask: NDArray[np.bool_], look: _Look, mpp: float, *, red_pen: bool) -> NDArray[np.bool_]:
     """The mask without pieces that are too small, hardly stained, mostly grey, in grey surroundings, or a pen's."""
     import cv2
 
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-
-    def total(values: NDArray[Any], where: NDArray[np.int32] = labels) -> NDArray[np.float64]:
-        sums = np.bincount(where.ravel(), weights=values.ravel(), minlength=count)
-        return np.asarray(sums, dtype=np.float64)
-
-    pixels = stats[:, cv2.CC_STAT_AREA]
-    area = pixels * mpp**2
-    r, g, b = (total(od[..., channel]) for channel in range(3))
-    stain = total(od[..., 1] - np.minimum(od[..., 0], od[..., 2]))
-    keep = (area >= 8_000.0) & (total(strong) >= 0.02 * pixels) & (stain > 0.2 * g)
-
-    # The coloured fringes of a coverslip's edge or a smear are hardly darker than the grey around them.
-    grown = cv2.dilate(labels.astype(np.float32), np.ones((5, 5), dtype=np.uint8)).astype(np.int32)
-    ring = np.where(mask, 0, grown)
-    around = total(od[..., 1], ring) / np.maximum(np.bincount(ring.ravel(), minlength=count), 1)
-    keep &= (area > 300_000.0) | (g > 1.4 * around * pixels)
-    if red_ink.any():  # the pale ends of its strokes
-        keep &= (area > 300_000.0) | (b < 0.61 * g) | (r > 0.32 * g)
+    pieces = _Pieces(mask)
+    area = pieces.pixels * mpp**2
+    g = pieces.total(look.g)
+    keep = (
+        (area >= 8_000.0) & (pieces.total(look.strong) >= 0.02 * pieces.pixels) & (pieces.total(look.stain) > 0.2 * g)
+    )
     keep[0] = False
-    return np.asarray(keep[labels], dtype=np.bool_)
+    if not (keep & (area <= 300_000.0)).any():
+        return pieces.where(keep)
+    # The coloured fringes of a coverslip's edge or a smear are hardly darker than the grey around them.
+    grown = np.empty(mask.shape, dtype=np.float32)
+    cv2.dilate(pieces.labels.astype(np.float32), np.ones((5, 5), dtype=np.uint8), grown)
+    ring = np.flatnonzero((grown > 0) & ~mask)
+    numbers = grown.ravel()[ring].astype(np.int32)
+    count = np.bincount(numbers, minlength=len(area))
+    around = np.bincount(numbers, weights=look.g.ravel()[ring], minlength=len(area)) / np.maximum(count, 1)
+    keep &= (area > 300_000.0) | (g > 1.4 * around * pieces.pixels)
+    if red_pen:  # the pale ends of its strokes
+        keep &= (
+            (area > 300_000.0) | (pieces.total(look.blurred(2)) < 0.61 * g) | (pieces.total(look.blurred(0)) > 0.32 * g)
+        )
+    return pieces.where(keep)
 
 
 def _disc(radius: float) -> NDArray[np.uint8]:
@@ -209,22 +367,77 @@ def _disc(radius: float) -> NDArray[np.uint8]:
     return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)), dtype=np.uint8)
 
 
-def _density(mask: NDArray[np.bool_], side: float) -> NDArray[np.float32]:
-    """Part of the square of that side (pixels) around each pixel that is in the mask."""
+def _opened(plane: NDArray[np.float32], radius: float) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Some rows at a time, the plane's grey opening by a disc: what is bright, and narrower than the disc, is gone."""
+    import cv2
+
+    reach = len(_disc(radius)) // 2
+    for rows in _bands(plane.shape, least=16 * reach):
+        around, own = _with_halo(rows, 2 * reach, plane.shape[0])
+        eroded = _over_disc(plane[around], radius, cv2.erode, cv2.min, math.inf)
+        yield rows, _over_disc(eroded, radius, cv2.dilate, cv2.max, -math.inf)[own]
+
+
+def _over_disc(
+    plane: NDArray[np.float32], radius: float, extreme: Callable[..., Any], pick: Callable[..., Any], beyond: float
+) -> NDArray[np.float32]:
+    """The least (or greatest) value within a disc around each pixel: the very pixels of `cv2.erode` (`cv2.dilate`).
+
+    These compare a pixel with every other of the disc, 213 at 8 um/px; here it is compared with those of a square, and
+    the squares' extremes with each other.
+
+    Args:
+        plane: float32 (h, w).
+        radius: of the disc, in pixels.
+        extreme: `cv2.erode` or `cv2.dilate`.
+        pick: `cv2.min` or `cv2.max`.
+        beyond: what lies outside the plane.
+    """
+    import cv2
+
+    disc = _disc(radius)
+    squares, rest = _squares_of(len(disc))
+    reach = len(disc) // 2
+    # Squares that only partly lie in the picture count with what is in it.
+    padded = cv2.copyMakeBorder(plane, reach, reach, reach, reach, cv2.BORDER_CONSTANT, value=beyond)
+    found = extreme(padded, rest)
+    if squares.any():
+        found = pick(found, extreme(extreme(padded, np.ones((_SQUARE, _SQUARE), dtype=np.uint8)), squares))
+    return np.asarray(found[reach:-reach, reach:-reach], dtype=np.float32)
+
+
+@lru_cache
+def _squares_of(side: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Squares that make up most of a disc, by their middles, and the pixels that they leave: uint8 (side, side) each.
+
+    Chosen greedily, each to cover as many new pixels as it can.
+    """
+    disc = _disc(side // 2)
+    left, half = disc.copy(), _SQUARE // 2
+    squares = np.zeros_like(disc)
+    inside = [
+        (slice(y - half, y + half + 1), slice(x - half, x + half + 1))
+        for y in range(half, side - half)
+        for x in range(half, side - half)
+        if disc[y - half : y + half + 1, x - half : x + half + 1].all()
+    ]
+    while inside:
+        best = max(inside, key=lambda square: int(left[square].sum()))
+        if left[best].sum() < 2:
+            break
+        left[best] = 0
+        squares[best[0].start + half, best[1].start + half] = 1
+    return squares, left
+
+
+def _dense(mask: NDArray[np.bool_], side: float, part: float) -> NDArray[np.bool_]:
+    """Where more than that part of the square of that side (pixels) around a pixel is in the mask."""
     import cv2
 
     length = max(3, round(side))
-    return np.asarray(cv2.blur(mask.astype(np.float32), (length, length)), dtype=np.float32)
-
-
-def _remove_small(mask: NDArray[np.bool_], pixels: float) -> NDArray[np.bool_]:
-    """The mask without its 8-connected pieces of fewer pixels."""
-    import cv2
-
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    keep = stats[:, cv2.CC_STAT_AREA] >= pixels
-    keep[0] = False
-    return np.asarray(keep[labels], dtype=np.bool_)
+    counts = np.empty(mask.shape, dtype=np.uint16)
+    cv2.boxFilter(mask.view(np.uint8), cv2.CV_16U, (length, length), counts, normalize=False)
+    return np.asarray(counts > part * length**2, dtype=np.bool_)
 
 
 def _glass(rgb: NDArray[np.uint8]) -> NDArray[np.float64] | None:
@@ -235,36 +448,69 @@ def _glass(rgb: NDArray[np.uint8]) -> NDArray[np.float64] | None:
     """
     import cv2
 
-    grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
-    kernel = np.ones((3, 3), dtype=np.uint8)
-    smooth = (cv2.dilate(grey, kernel) - cv2.erode(grey, kernel) <= 6) & (grey > 150)
-    if smooth.mean() < 0.005:
-        return None if np.median(grey) < _DARK else np.full(3, _GLASS_WHITE)
-    counts = np.convolve(np.bincount(grey[smooth], minlength=256), np.ones(3), mode="same")
-    peak = np.flatnonzero(counts >= 0.5 * counts.max())[-1]
-    glass = np.median(rgb[smooth & (np.abs(grey.astype(np.int16) - peak) <= 2)], axis=0)
-    pale_tissue = glass[1] < min(glass[0], glass[2]) - 6 and smooth.mean() < 0.5
-    return np.full(3, _GLASS_WHITE) if pale_tissue else np.asarray(glass, dtype=np.float64)
+    square = np.ones((3, 3), dtype=np.uint8)
+    smooth = np.empty(rgb.shape[:2], dtype=np.uint8)  # how bright, where it is smooth and bright; else 0
+    for rows in _bands(smooth.shape):
+        around, own = _with_halo(rows, 1, len(smooth))
+        grey = cv2.cvtColor(rgb[around], cv2.COLOR_RGB2GRAY)
+        flat = cv2.dilate(grey, square)[own] - cv2.erode(grey, square)[own] <= 6
+        np.multiply(grey[own], flat & (grey[own] > 150), out=smooth[rows])
+    counts = _histogram(smooth, 0, None)
+    counts[0] = 0.0
+    part = counts.sum() / smooth.size
+    if part < 0.005:
+        dark = np.median(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)) < _DARK
+        return None if dark else np.full(3, _GLASS_WHITE)
+    counts = np.convolve(counts, np.ones(3), mode="same")
+    peak = int(np.flatnonzero(counts >= 0.5 * counts.max())[-1])
+    common = cv2.inRange(smooth, peak - 2, peak + 2)
+    glass = np.array([_middle(_histogram(rgb, channel, common)).mean() for channel in range(3)])
+    pale_tissue = glass[1] < min(glass[0], glass[2]) - 6 and part < 0.5
+    return np.full(3, _GLASS_WHITE) if pale_tissue else glass
 
 
-def _optical_density(rgb: NDArray[np.uint8], glass: NDArray[np.float64]) -> NDArray[np.float32]:
-    """float32, the shape of rgb: log10 of (glass + 1) / (pixel + 1)."""
+def _histogram(picture: NDArray[np.uint8], channel: int, where: NDArray[np.uint8] | None) -> NDArray[np.float64]:
+    """How often each value of a channel is there, where that is not 0: float64 (256,)."""
     import cv2
 
-    table = np.log10((glass + 1.0) / (np.arange(256.0)[:, None] + 1.0)).astype(np.float32)
-    return np.asarray(cv2.LUT(rgb, table[None]), dtype=np.float32)
+    counts = cv2.calcHist([picture], [channel], where, [256], [0, 256])
+    return np.asarray(counts, dtype=np.float64).ravel()
 
 
-def _pen(od: NDArray[np.float32]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which pixels have the colour of a red pen, and of a black, blue or green one: bool (h, w), from od (h, w, 3)."""
-    import cv2
+def _middle(counts: NDArray[np.float64] | NDArray[np.intp]) -> NDArray[np.intp]:
+    """The two in the middle, (2,), the mean of which is the median: of whole numbers from 0 on, each so often there."""
+    before = np.cumsum(counts)
+    return np.searchsorted(before, [(before[-1] - 1) // 2, before[-1] // 2], side="right")
 
-    r, g, b = cv2.split(od)
-    mean = (r + g + b) / 3
-    black = (mean > 0.7) & (g - np.minimum(r, b) < 0.25 * mean)
-    cold = 0.85 * r - g > 0.03  # haematoxylin absorbs green as much as red
-    red = (g > 0.06) & (b > 0.66 * g) & (b < 1.1 * g) & (r < 0.18 * g)  # eosin lets more blue through
-    return np.asarray(red, dtype=np.bool_), np.asarray(black | cold, dtype=np.bool_)
+
+def _density_tables(glass: NDArray[np.float64]) -> NDArray[np.float32]:
+    """float32 (channel, 256): log10 of (glass + 1) / (value + 1), the optical density of each value of a channel."""
+    return np.log10((glass[:, None] + 1.0) / (np.arange(256.0) + 1.0)).astype(np.float32)
+
+
+def _pen(
+    r: NDArray[np.float32], g: NDArray[np.float32], b: NDArray[np.float32]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which have the colour of a red pen, and of a black, blue or green one, by optical density: bool, of r's shape."""
+    mean = r + g
+    mean += b
+    mean /= 3
+    other = mean > _BLACK
+    if other.any():
+        other &= g - np.minimum(r, b) < 0.25 * mean
+    other |= _cold(r, g)
+    red = _reddish(r, g)
+    if red.any():
+        red &= (b > 0.66 * g) & (b < 1.1 * g)  # eosin lets more blue through
+    return red, other
+
+
+def _cold(r: NDArray[np.float32], g: NDArray[np.float32]) -> NDArray[np.bool_]:
+    return 0.85 * r - g > 0.03  # haematoxylin absorbs green as much as red
+
+
+def _reddish(r: NDArray[np.float32], g: NDArray[np.float32]) -> NDArray[np.bool_]:
+    return (g > 0.06) & (r < 0.18 * g)
 
 
 def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
@@ -357,10 +603,12 @@ def tile_fraction(mask: NDArray[np.bool_], grid: Grid, cells: NDArray[np.integer
     Returns:
         float32 (n,), 0 to 1.
     """
+    import cv2
+
     height, width = mask.shape
-    integral = np.zeros((height + 1, width + 1), dtype=np.int32 if mask.size < 2**31 else np.int64)
-    np.cumsum(mask, axis=0, dtype=integral.dtype, out=integral[1:, 1:])
-    np.cumsum(integral[1:, 1:], axis=1, out=integral[1:, 1:])
+    integral = cv2.integral(
+        np.ascontiguousarray(mask).view(np.uint8)
+    )  # int32: of masks this module refuses larger ones
 
     def area(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
         """Tissue above and left of a point, in mask pixels."""
@@ -397,14 +645,52 @@ def tile_quality(tiles: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray
     block = max(1, 200_000 // max(1, side * side))  # what a core's cache holds
     for first in range(0, count, block):
         part = np.ascontiguousarray(tiles[first : first + block])
-        stack = part.reshape(-1, side, 3)  # one tall picture: one call instead of one a tile
-        laplacian = cv2.Laplacian(cv2.cvtColor(stack, cv2.COLOR_RGB2GRAY), cv2.CV_16S).reshape(part.shape[:3])
+        rows = part.reshape(len(part), -1, 3)  # a tile a row
+        grey = cv2.cvtColor(rows, cv2.COLOR_RGB2GRAY)
+        # One tall picture: one call instead of one a tile.
+        laplacian = cv2.Laplacian(grey.reshape(-1, side), cv2.CV_16S).reshape(part.shape[:3])
         # The outermost ring would mix neighbouring tiles of the stack.
         blur[first : first + block] = laplacian[:, 1:-1, 1:-1].astype(np.float32).var(axis=(1, 2))
-        red, other = _pen(_optical_density(stack, np.full(3, _GLASS_WHITE)))
-        ink = red | other
-        pen[first : first + block] = ink.reshape(len(part), -1).mean(axis=1)
+        ink = _ink_pixels(rows)
+        pen[first : first + block] = np.bincount(ink // side**2, minlength=len(part)) / side**2
     return blur, pen
+
+
+def _ink_pixels(rgb: NDArray[np.uint8]) -> NDArray[np.intp]:
+    """Which pixels have the colour of ink on white glass: their places in the picture, (n,), in order.
+
+    Each colour of ink needs a relation of two channels, or one that is dark: that a pixel has none of these is quickly
+    said of whole bytes, and is true of nearly all.
+    """
+    import cv2
+
+    table, coldest, reddest, darkest = _white_limits()
+    channels = cv2.split(rgb)
+    r, g, b = channels
+    maybe = cv2.compare(g, cv2.LUT(r, coldest), cv2.CMP_GT)
+    cv2.bitwise_or(maybe, cv2.compare(r, cv2.LUT(g, reddest), cv2.CMP_GT), maybe)
+    cv2.bitwise_or(maybe, cv2.compare(cv2.min(cv2.min(r, g), b), darkest, cv2.CMP_LT), maybe)
+    places = np.flatnonzero(maybe > 0)
+    red, other = _pen(*(table[channel.ravel()[places]] for channel in channels))
+    return places[red | other]
+
+
+@lru_cache
+def _white_limits() -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.uint8], float]:
+    """What a pixel on white glass must be to have the colour of ink.
+
+    Returns:
+        float32 (256,): the optical density of each value.
+        uint8 (256,): green must be above this, for each value of red, to be a cold pen's.
+        uint8 (256,): red must be above this, for each value of green, to be a red pen's.
+        a channel must be below this to be a black pen's.
+    """
+    table = _density_tables(np.full(1, _GLASS_WHITE))[0]
+    first, second = table[:, None], table[None]
+    # Density falls as the value grows, so that all above a limit are as well.
+    cold = 255 - _cold(first, second).sum(axis=1)
+    red = 255 - _reddish(second, first).sum(axis=1)
+    return table, cold.astype(np.uint8), red.astype(np.uint8), float((table > _BLACK).sum())
 
 
 def stain(thumbnail: NDArray[np.uint8], mask: NDArray[np.bool_]) -> list[float] | None:
@@ -422,7 +708,10 @@ def stain(thumbnail: NDArray[np.uint8], mask: NDArray[np.bool_]) -> list[float] 
     places = np.flatnonzero(mask)
     if len(places) < STAIN_PIXELS:
         return None
-    pixels = thumbnail.reshape(-1, 3)[places[:: max(1, len(places) // _STAIN_SAMPLE)]]
-    od = _optical_density(pixels[None], np.full(3, 255.0))[0]
-    od = od[od.mean(axis=1) > _STAINED]
-    return [round(float(value), 4) for value in np.median(od, axis=0)] if len(od) >= STAIN_PIXELS else None
+    pixels = thumbnail.reshape(-1, 3)[places[:: max(1, len(places) // _STAIN_SAMPLE)]].T
+    table = _density_tables(np.full(1, 255.0))[0]
+    r, g, b = table[pixels]
+    pixels = pixels[:, (r + g + b) / 3 > _STAINED]
+    if pixels.shape[1] < STAIN_PIXELS:
+        return None
+    return [round(float(table[_middle(np.bincount(values))].mean()), 4) for values in pixels]
