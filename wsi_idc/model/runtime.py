@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_idc.cores import cores
 from wsi_idc.errors import ModelError
 from wsi_idc.model.bundle import Form, LoadedBundle
 from wsi_idc.settings import Precision
@@ -148,14 +149,6 @@ def padded(tiles: NDArray[np.uint8], batch: int) -> NDArray[np.uint8]:
     return np.concatenate([tiles, np.zeros((batch - len(tiles), *tiles.shape[1:]), np.uint8)])
 
 
-def _threads_of(asked: int) -> int:
-    if asked:
-        return asked
-    from dask.system import CPU_COUNT
-
-    return int(CPU_COUNT)
-
-
 class OpenVinoRuntime(_SideBySide):
     """A bundle's graph in OpenVINO on the CPU: one compiled model, whose threads share its weights.
 
@@ -166,7 +159,7 @@ class OpenVinoRuntime(_SideBySide):
 
     def __init__(self, bundle: LoadedBundle, path: Path, threads: int) -> None:
         openvino = _openvino()
-        fields, threads = bundle.fields, _threads_of(threads)
+        fields, threads = bundle.fields, threads or cores()
         graph, size, classes = fields.graph, fields.tile.size_px, len(fields.classes)
         data = path.read_bytes()
         # The place of each part of such weights is named so.
@@ -290,7 +283,7 @@ class TorchRuntime(_SideBySide):
         self._network = load_network(bundle.fields.network, bundle.weights).eval()
         torch.get_num_threads()  # from here on, the number of this thread stays what it is
         alone = partial(torch.set_num_threads, 1)
-        super().__init__((), bundle.fields.tile.size_px, _threads_of(threads), alone)
+        super().__init__((), bundle.fields.tile.size_px, threads or cores(), alone)
 
     def _score(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         torch = self._torch
