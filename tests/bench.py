@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# As on a machine of its own: where modules may not be kept compiled, each process compiles some 460 of them anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 OWN = [sys.executable, "-m", "wsi_idc.cli"]
 SHIPPED = "shipped"
 FINE = ("224", "0.5")
