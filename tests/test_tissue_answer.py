@@ -12,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.test_tissue import PENS, absorb, disc, glass, honeycomb
-from wsi_idc.tissue import tissue_mask
+from wsi_idc import tissue
+from wsi_idc.tissue import tile_quality, tissue_mask
 
 EOSIN, HAEMATOXYLIN, BROWN = (222, 165, 195), (150, 110, 170), (150, 95, 50)
 
@@ -149,3 +150,54 @@ def test_the_mask_of_a_made_picture_is_what_it_always_was(name: str, mpp: float)
     assert np.count_nonzero(mask) == pytest.approx(pixels, abs=6)
     assert [float(places.mean()) for places in np.nonzero(mask)] == pytest.approx([row, column], abs=0.02)
     assert list(steps.values()) == pytest.approx(parts, abs=6 / mask.size + 1e-6)
+
+
+# Shortcuts give what the long way gives.
+
+
+@pytest.mark.parametrize("rows", [1, 10_000])
+def test_how_much_is_looked_at_together_does_not_show(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = penned("red", "black")
+    whole = tissue_mask(picture, 8.0)
+    monkeypatch.setattr(tissue, "_BAND", rows * picture.shape[1])
+    np.testing.assert_array_equal(tissue_mask(picture, 8.0), whole)
+
+
+@pytest.mark.parametrize("radius", [1.0, 2.0, 4.0, 5.3, 8.0, 12.8, 16.0])
+@pytest.mark.parametrize("shape", [(90, 120), (7, 40), (40, 3)])
+def test_an_opening_by_squares_is_the_opening_by_their_disc(radius: float, shape: tuple[int, int]) -> None:
+    plane = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    opened = np.concatenate([part for _, part in tissue._opened(plane, radius)])
+    np.testing.assert_array_equal(opened, cv2.morphologyEx(plane, cv2.MORPH_OPEN, tissue._disc(radius)))
+
+
+@pytest.mark.parametrize("connectivity", [4, 8])
+def test_pieces_known_by_their_runs_are_those_of_every_pixel(connectivity: int) -> None:
+    random = np.random.default_rng(2)
+    mask = random.random((40, 61)) > 0.6
+    mask[3, -4:] = mask[4, :5] = True  # a run at a row's end and one at the next row's start do not touch
+    values = random.random(mask.shape).astype(np.float32)
+    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=connectivity)
+    pieces = tissue._Pieces(mask, connectivity)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(pieces.labels, labels)
+    np.testing.assert_array_equal(pieces.pixels, np.bincount(labels.ravel()))
+    np.testing.assert_allclose(pieces.total(values), np.bincount(labels.ravel(), values.ravel()), rtol=1e-6)
+    np.testing.assert_array_equal(pieces.total(values > 0.5), np.bincount(labels.ravel(), values.ravel() > 0.5))
+    chosen = random.random(count) > 0.5
+    np.testing.assert_array_equal(pieces.where(chosen.copy()), chosen[labels] & mask)
+
+
+def test_the_pen_figure_counts_the_very_colours_of_ink() -> None:
+    cube = np.stack(np.meshgrid(*[np.arange(256, dtype=np.uint8)[::3]] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    tiles = np.concatenate([cube, cube[: -len(cube) % 64**2]]).reshape(-1, 64, 64, 3)
+    density = np.log10(241.0 / (np.arange(256.0) + 1.0)).astype(np.float32)[tiles]
+    red, other = tissue._pen(density[..., 0], density[..., 1], density[..., 2])
+    np.testing.assert_array_equal(tile_quality(tiles)[1], (red | other).mean(axis=(1, 2)).astype(np.float32))
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_the_stain_is_the_median_density_of_what_is_stained(odd: int) -> None:
+    pixels = np.random.default_rng(4).integers(60, 256, (50, 60 + odd, 3)).astype(np.uint8)
+    density = np.log10(256.0 / (pixels.reshape(-1, 3) + 1.0))
+    expected = np.median(density[density.mean(axis=1) > 0.05], axis=0)
+    assert tissue.stain(pixels, np.ones(pixels.shape[:2], bool)) == pytest.approx(expected, abs=6e-5)

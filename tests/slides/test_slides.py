@@ -61,6 +61,16 @@ def test_the_thumbnail_is_area_averaged_and_its_resolution_is_told(tmp_path, mak
     assert np.abs(thumbnail - averaged).max() <= 1
 
 
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_the_thumbnails_pixels_are_pillows_reduction_to_the_last_bit(tmp_path, make, factor):
+    pixels = np.random.default_rng(0).integers(0, 256, (103, 205, 3), dtype=np.uint8)
+    with open_slide(make.write_tiff(tmp_path / "a.tif", pixels, mpp=8.0 / factor)) as slide:
+        thumbnail, mpp = slide.thumbnail(8.0)
+        stored = slide.read(0, 0, 0, 205, 103)
+    assert mpp == 8.0
+    assert np.array_equal(thumbnail, np.asarray(Image.fromarray(stored).reduce(factor)))
+
+
 def test_the_thumbnail_of_a_slide_without_levels_is_read_strip_by_strip(tmp_path, make, monkeypatch):
     path = make.write_tiff(tmp_path / "a.tif", make.texture(128, 2600), mpp=4.0)
     heights = []

