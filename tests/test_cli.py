@@ -16,7 +16,7 @@ from wsi_idc.settings import ExtractSettings, InferSettings
 
 COMMANDS = (
     *("extract", "infer", "train", "evaluate", "export", "report", "view", "status", "verify", "prune"),
-    *("doctor", "manifest", "info", "demo", "model", "run", "config"),
+    *("doctor", "manifest", "info", "demo", "model", "run", "config", "bench"),
 )
 HEAVY = ("torch", "tiatoolbox", "zarr", "dask", "distributed", "onnxruntime", "matplotlib", "scipy", "pydantic")
 NEVER_HERE = (

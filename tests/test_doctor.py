@@ -75,7 +75,7 @@ def test_the_model_that_ships_gives_its_known_answers_and_another_is_a_fault(mon
 )
 def test_what_the_processor_means_for_int8(monkeypatch, flags, told):
     monkeypatch.setattr(doctor, "_cpu", lambda: ("a processor", flags))
-    assert told in found(doctor._processor)["processor"].found
+    assert told in found(doctor.processor)["processor"].found
 
 
 def test_a_disk_that_is_nearly_full_is_a_warning(monkeypatch, tmp_path):

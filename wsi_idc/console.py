@@ -112,6 +112,17 @@ class Console:
                 self._bar.stop()
                 self._bar = None
 
+    @contextmanager
+    def doing(self) -> Iterator[Callable[[str], None]]:
+        """What takes a call for each thing that is begun, and draws it until the next one, or the end."""
+        if not self.draws:
+            yield lambda words: None
+            return
+        from rich.console import Console as RichConsole
+
+        with RichConsole(stderr=True).status("") as status:
+            yield lambda words: status.update(printable(words).replace("[", "\\["))
+
     def bar(self) -> "Progress":
         """What is drawn, one for all that is under way: a terminal has room for one."""
         if self._bar is None:

@@ -5,8 +5,10 @@ these, so what it says of them shows how a map comes about, and nothing of how g
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ MPP = Mpp(2.0)
 SIZE = (Level0Px(3200), Level0Px(2400))
 """Level-0 (width, height) in pixels: 6.4 x 4.8 mm."""
 GLASS = (243, 242, 245)
+_LOSSLESS = {"compression": "adobe_deflate", "predictor": True}
 
 
 def run_demo(folder: Path, console: Console) -> None:
@@ -87,6 +90,18 @@ def make_slides(folder: Path) -> list[Row]:
     return rows
 
 
+def make_slide(path: Path, mpp: Mpp) -> None:
+    """Write one larger slide of the same kind, as scanners write theirs: JPEG, levels 1, 4 and 16.
+
+    Args:
+        path: the TIFF; any file there is replaced.
+        mpp: of its finest level, in um/px; the pixels are the same whatever it says.
+    """
+    _, picture = _paint(np.random.default_rng(0), pen=False)
+    options = {"compression": "jpeg", "compressionargs": {"level": 80}}
+    _write_pyramid(path, np.tile(picture, (2, 2, 1)), mpp, (1, 4, 16), options)
+
+
 def _smooth(rng: np.random.Generator, sigma: float) -> NDArray[np.float64]:
     """Smooth noise over the slide at one value per 16 px, falling off to the edges; shape (h / 16, w / 16)."""
     from scipy import ndimage
@@ -144,25 +159,30 @@ def _paint_fat(picture: NDArray[np.uint8], where: NDArray[np.bool_]) -> None:
     picture[where & wall] = (214, 158, 188)
 
 
-def _write_pyramid(path: Path, picture: NDArray[np.uint8]) -> None:
-    """A tiled pyramidal BigTIFF with its um/px, levels 1 and 4."""
+def _write_pyramid(
+    path: Path,
+    picture: NDArray[np.uint8],
+    mpp: Mpp = MPP,
+    downs: Sequence[int] = (1, 4),
+    compression: Mapping[str, Any] = _LOSSLESS,
+) -> None:
+    """A tiled pyramidal BigTIFF with its um/px and levels."""
     import tifffile
     from PIL import Image
 
     with tifffile.TiffWriter(path, bigtiff=True) as out:
-        for down in (1, 4):
+        for down in downs:
             level = np.asarray(Image.fromarray(picture).reduce(down))
-            resolution = 1e4 / (MPP * down)
+            resolution = 1e4 / (mpp * down)
             out.write(
                 level,
                 tile=(256, 256),
                 photometric="rgb",
-                compression="adobe_deflate",
-                predictor=True,
                 subfiletype=int(down > 1),
                 resolution=(resolution, resolution),
                 resolutionunit="CENTIMETER",
                 metadata=None,
+                **compression,
             )
 
 

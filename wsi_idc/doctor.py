@@ -70,7 +70,7 @@ def examine(address: str) -> Iterator[Check]:
     checks: list[tuple[str, Callable[[], Iterable[Check]]]] = [
         ("installation", _installation),
         ("OpenCV", _opencv),
-        ("processor", _processor),
+        ("processor", processor),
         ("memory", _memory),
         ("GPU", _gpus),
         ("disk", lambda: _disks(address)),
@@ -129,7 +129,8 @@ def _opencv() -> Iterator[Check]:
     yield Check("OpenCV", "ok", f"{cv2.__version__} loads")
 
 
-def _processor() -> Iterator[Check]:
+def processor() -> Iterator[Check]:
+    """The processor, with what it means for int8 graphs; and the cores that may be used."""
     name, flags = _cpu()
     if "avx2" in flags:
         vnni = [flag for flag in ("avx512_vnni", "avx_vnni", "amx_int8") if flag in flags]
@@ -157,12 +158,17 @@ def _cpu() -> tuple[str, set[str]]:
     return fields.get("model name") or platform.processor() or platform.machine(), set(fields.get("flags", "").split())
 
 
-def _memory() -> Iterator[Check]:
+def memory() -> tuple[int, int]:
+    """Bytes that are free, and bytes that this process may use."""
     import psutil  # type: ignore[import-untyped]
     from distributed.system import MEMORY_LIMIT
 
-    free = min(psutil.virtual_memory().available, MEMORY_LIMIT)
-    told = f"{free / GIB:.1f} GiB free, of {MEMORY_LIMIT / GIB:.1f} GiB that may be used"
+    return min(psutil.virtual_memory().available, MEMORY_LIMIT), MEMORY_LIMIT
+
+
+def _memory() -> Iterator[Check]:
+    free, most = memory()
+    told = f"{free / GIB:.1f} GiB free, of {most / GIB:.1f} GiB that may be used"
     if free < LEAST_MEMORY:
         yield Check("memory", "warning", told, "run one process with few threads, or free some")
     else:

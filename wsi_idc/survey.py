@@ -151,13 +151,13 @@ def survey(rows: Sequence[Row], told: Callable[[str, Surveyed | str], None]) -> 
     failures: dict[str, str] = {}
     reading: dict[tuple[str, float], Reading] = {}
     scoring: Scoring | None = None
-    _import_all()
+    import_all()
     for row in rows:
         try:
-            surveyed, cells = _look_at(row, settings)
+            surveyed, cells = look_at(row, settings)
             if len(cells) and surveyed.kind not in reading:
                 # Of a grid of which nobody knows where its tissue is, a part: all of it may be a million cells.
-                some = cells if surveyed.exact else _middle(cells)
+                some = cells if surveyed.exact else middle(cells, READ_TILES)
                 reading[surveyed.kind], tiles = _read_some(row, settings, some)
                 scoring = scoring or _score_some(tiles, some, settings.tile)
         except SlideError as error:
@@ -169,27 +169,36 @@ def survey(rows: Sequence[Row], told: Callable[[str, Surveyed | str], None]) -> 
     return Survey(slides, failures, reading, scoring)
 
 
-def _import_all() -> None:
+def import_all() -> None:
     """Load what reading a slide needs, before a clock is looked at: a run does it once."""
     from wsi_idc.tissue import MASK_MPP, tissue_mask
 
     tissue_mask(np.arange(64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8), MASK_MPP)
 
 
-def _open(row: Row, settings: CutSettings) -> Slide:
+def open_row(row: Row, settings: CutSettings) -> Slide:
+    """A manifest's slide, opened as extract opens it.
+
+    Raises:
+        SlideError: it cannot be opened, or lies in an object store.
+    """
     if not isinstance(row.path, Path):
         raise SlideError(row.path, "lies in an object store", "copy it here, or try wsi-idc info")
     return open_slide(row.path, row.mpp, settings.reader, icc=settings.icc)
 
 
-def _look_at(row: Row, settings: CutSettings) -> tuple[Surveyed, NDArray[np.int32]]:
-    """A slide, and the cells of its tiles."""
+def look_at(row: Row, settings: CutSettings) -> tuple[Surveyed, NDArray[np.int32]]:
+    """A slide, and the cells of its tiles; or, where its tissue is not looked for, of its grid: int32 (n, 2).
+
+    Raises:
+        SlideError: extract cannot cut it, or it lies in an object store.
+    """
     from wsi_idc.reader import check_fit, choose_source
     from wsi_idc.tissue import MASK_MPP
     from wsi_idc.work.cut import find_tissue
 
     start = time.perf_counter()
-    with _open(row, settings) as slide:
+    with open_row(row, settings) as slide:
         grid = Grid(settings.tile, slide.size, slide.mpp)
         warnings = [*slide.warnings, *check_fit(slide, grid)]
         level = slide.level_for(MASK_MPP)
@@ -231,9 +240,10 @@ def _packed(values: NDArray[np.generic]) -> int:
     return int(zarr.create_array(memory, data=values, chunks=chunks, compressors=compressors()).nbytes_stored())
 
 
-def _middle(cells: NDArray[np.int32]) -> NDArray[np.int32]:
-    first = max(0, (len(cells) - READ_TILES) // 2)
-    return cells[first : first + READ_TILES]
+def middle(cells: NDArray[np.int32], most: int) -> NDArray[np.int32]:
+    """The cells in the middle of all, at most so many."""
+    first = max(0, (len(cells) - most) // 2)
+    return cells[first : first + most]
 
 
 def _read_some(row: Row, settings: CutSettings, cells: NDArray[np.int32]) -> tuple[Reading, NDArray[np.uint8]]:
@@ -242,11 +252,11 @@ def _read_some(row: Row, settings: CutSettings, cells: NDArray[np.int32]) -> tup
     from wsi_idc.tissue import tile_quality
     from wsi_idc.work.places import threads_of
 
-    sample = _middle(cells)
-    with _open(row, settings) as slide:
+    sample = middle(cells, READ_TILES)
+    with open_row(row, settings) as slide:
         grid = Grid(settings.tile, slide.size, slide.mpp)
     start = time.perf_counter()
-    batches = read_tiles(lambda: _open(row, settings), grid, sample, batch=SCORED_TILES, threads=threads_of(1))
+    batches = read_tiles(lambda: open_row(row, settings), grid, sample, batch=SCORED_TILES, threads=threads_of(1))
     packed, some = 0, np.empty(0, np.uint8)
     for number, tiles in enumerate(batches):
         tile_quality(tiles)

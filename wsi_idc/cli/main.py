@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from wsi_idc import USE, __version__
+from wsi_idc.cli.bench import bench
 from wsi_idc.cli.config import config
 from wsi_idc.cli.demo import demo
 from wsi_idc.cli.doctor import doctor
@@ -55,6 +56,7 @@ app.command("status")(status)
 app.command("verify")(verify)
 app.command("prune")(prune)
 app.command("doctor")(doctor)
+app.command("bench")(bench)
 app.command("manifest")(make_manifest)
 app.command("info")(info)
 app.command("config")(config)

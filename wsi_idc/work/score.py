@@ -141,7 +141,7 @@ class ScoreJob:
         with self._watched() as slide, self._opener(slide) as opener:
             batches = _batches(slide, opener, block, self.batch_size, work.capacity.threads)
             if opener is not None:
-                batches = _measured(batches, blur, pen)
+                batches = measured(batches, blur, pen)
             scored = []
             for probability in in_order(runtime, batches):
                 scored.append(probability)
@@ -306,7 +306,7 @@ def in_order(runtime: "Runtime", batches: Iterable[NDArray[np.uint8]]) -> Iterat
         yield begun.popleft().result()
 
 
-def _measured(
+def measured(
     batches: Iterator[NDArray[np.uint8]], blur: list[NDArray[np.float32]], pen: list[NDArray[np.float32]]
 ) -> Iterator[NDArray[np.uint8]]:
     """The same batches; focus and pen figures of each are added to the lists."""
