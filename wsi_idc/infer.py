@@ -195,7 +195,6 @@ def infer(
 
     place = places.place(settings, overlap=OVERLAP)
     form = bundle.form(settings.precision, cuda=settings.gpus > 0)
-    load_here(bundle, form, settings)
     with hold_store(store) as held:
         planned = plan_maps(held, bundle, form, only=only, listed=listed, force=force)
         with scoring(held, bundle, form, settings, planned) as work:
@@ -204,6 +203,8 @@ def infer(
             told = Telling(held, "infer", todo, listener(todo))
             for slide, outcome in work.refused.items():
                 told.ended(slide, outcome)
+            if jobs:
+                load_here(bundle, form, settings)
             summary = carry_out(place, planned.plans, jobs, told)
         notes = (*left_out(planned), *summary.notes)
         return replace(summary, outcomes={**work.refused, **summary.outcomes}, notes=notes)

@@ -78,7 +78,6 @@ def extract_and_infer(
     """
     form = bundle.form(score.precision, cuda=score.gpus > 0)
     cut_stage.check_stage(rows, cut)
-    score_stage.load_here(bundle, form, score)
     with (
         hold_store(store, create=True) as held,
         cut_stage.cutting(held, rows, cut, strict=strict, keep_pixels=True) as cutting,
@@ -88,7 +87,8 @@ def extract_and_infer(
         with score_stage.scoring(held, bundle, form, score, planner.planned) as scoring:
             planner.decide_all([name for name, plan in cutting.plans.items() if plan.action == "skip"])
             jobs = scoring.jobs()
-            return _Pair(held, cutting, planner, scoring, jobs).run(_places(cut, score), cut_told, score_told)
+            pair = _Pair(held, cutting, planner, scoring, jobs, lambda: score_stage.load_here(bundle, form, score))
+            return pair.run(_places(cut, score), cut_told, score_told)
 
 
 class _Pair:
@@ -101,8 +101,10 @@ class _Pair:
         planner: score_stage.Planner,
         scoring: score_stage.Scoring,
         jobs: Sequence[Job],
+        load: Callable[[], None],
     ) -> None:
         self._held, self._cutting, self._planner, self._scoring, self._jobs = held, cutting, planner, scoring, jobs
+        self._load = load
         self._to_score = Supply(jobs, closed=not cutting.jobs)
         self._to_cut = Supply(cutting.jobs, may_begin=lambda: self._to_score.waiting < self._limit)
         self._to_score.when_taken(self._to_cut.wake)
@@ -138,6 +140,7 @@ class _Pair:
 
                 cut_end = executor.submit(cut_all)
                 try:
+                    self._load()  # while the first slides are cut
                     score_outcomes = run_jobs(where.score, self._to_score, score, slots=where.slots[1], urgency=_URGENT)
                 finally:
                     self._to_cut.shut()

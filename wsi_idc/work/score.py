@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,9 +43,17 @@ TILES_PER_BLOCK = 2**14
 """About so many tiles, in whole shards, are scored by one task."""
 
 
-@lru_cache(maxsize=2)
+_LOADING = Lock()
+
+
 def loaded(folder: Path, form: Form, threads: int) -> "Runtime":
-    """The model, loaded once in each process."""
+    """The model, loaded once in each process; who asks while it is loaded waits."""
+    with _LOADING:
+        return _loaded(folder, form, threads)
+
+
+@lru_cache(maxsize=2)
+def _loaded(folder: Path, form: Form, threads: int) -> "Runtime":
     from wsi_idc.model.runtime import load_runtime
 
     return load_runtime(read_bundle(folder), form, threads)
