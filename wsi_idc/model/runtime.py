@@ -221,7 +221,7 @@ def _openvino() -> Any:
         import openvino
     finally:
         if blocked:
-            del sys.modules[converter]
+            sys.modules.pop(converter, None)  # another thread may have been as quick
     return openvino
 
 
