@@ -18,7 +18,10 @@ COMMANDS = (
     *("extract", "infer", "train", "evaluate", "export", "report", "view", "status", "verify", "prune"),
     *("doctor", "manifest", "info", "demo", "model", "run", "config", "bench"),
 )
-HEAVY = ("torch", "tiatoolbox", "zarr", "dask", "distributed", "onnxruntime", "matplotlib", "scipy", "pydantic")
+HEAVY = (
+    *("torch", "tiatoolbox", "zarr", "dask", "distributed"),
+    *("onnxruntime", "openvino", "matplotlib", "scipy", "pydantic"),
+)
 NEVER_HERE = (
     *("torch", "torchvision", "lightning", "tiatoolbox", "dask", "distributed", "tornado", "cryptography", "obstore"),
     *(

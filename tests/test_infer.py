@@ -267,9 +267,9 @@ def test_a_slide_without_tiles_gets_an_empty_map(extracted, bundle, recorder, ma
 
 
 def test_probabilities_that_are_no_numbers_fail_the_slide(extracted, make, recorder, tmp_path, monkeypatch):
-    from wsi_idc.model.runtime import OnnxRuntime
+    from wsi_idc.model.runtime import OpenVinoRuntime
 
-    monkeypatch.setattr(OnnxRuntime, "_score", lambda self, tiles: np.full(len(tiles), np.nan, np.float32))
+    monkeypatch.setattr(OpenVinoRuntime, "_score", lambda self, tiles: np.full(len(tiles), np.nan, np.float32))
     summary, _ = score(extracted(), make.write_bundle(tmp_path / "nan", name="nan"), recorder)
     assert "not numbers" in summary.failures["a"]
 

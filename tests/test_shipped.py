@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from wsi_idc.model.bundle import SHIPPED, read_bundle
-from wsi_idc.model.runtime import TorchRuntime, load_runtime, predict_all
+from wsi_idc.model.runtime import TorchRuntime, load_runtime
 from wsi_idc.settings import TileSpec
 from wsi_idc.train.finish import card_text
 
@@ -55,7 +55,7 @@ def patches(idc_slide):
 def test_its_forms_agree_on_real_tiles(patches):
     tiles, truth = patches
     bundle = read_bundle(SHIPPED)
-    int8, float32 = (predict_all(load_runtime(bundle, kind, 2), tiles) for kind in ("int8", "float32"))
+    int8, float32 = (load_runtime(bundle, kind, 2).predict(tiles) for kind in ("int8", "float32"))
     assert isinstance(load_runtime(bundle, "float32", 2), TorchRuntime)
     assert np.abs(int8 - float32).mean() < 0.02
     assert abs(roc_auc_score(truth, int8) - roc_auc_score(truth, float32)) < 0.005

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from wsi_idc import slides, store
 from wsi_idc.grid import Grid
 from wsi_idc.model.bundle import SHIPPED, Bundle, Form, LoadedBundle, read_bundle
-from wsi_idc.model.runtime import Runtime, load_runtime, predict_all
+from wsi_idc.model.runtime import Runtime, load_runtime
 from wsi_idc.settings import CutSettings, InferSettings, LastTile, Precision, TileSpec, TissueMethod
 from wsi_idc.slides import Slide
 from wsi_idc.store import Store
@@ -91,7 +91,7 @@ class Model:
         if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[1:] != (side, side, 3):
             wanted = f"uint8 (n, {side}, {side}, 3) of {self.fields.tile.mpp:g} um/px"
             raise ValueError(f"{self.fields.name} takes {wanted}, these are {tiles.dtype} {tiles.shape}")
-        return predict_all(self._runtime, tiles)
+        return self._runtime.predict(tiles)
 
 
 def load_model(folder: str | Path | None = None, precision: Precision = "auto", threads: int = 0) -> Model:
@@ -194,7 +194,7 @@ def score(
     """
     from wsi_idc.reader import check_fit, read_tiles
     from wsi_idc.work.cut import find_tissue
-    from wsi_idc.work.score import map_arrays
+    from wsi_idc.work.score import in_order, map_arrays
 
     if threads < 1:
         raise ValueError(f"threads is {threads}: give 1 or more")
@@ -208,11 +208,10 @@ def score(
     if not len(cells):
         warnings.append("no tissue found")
     given = slide.mpp[0] if slide.mpp_source == "given" else None
-    # In batches of infer's size: another one can add up in another order.
     batches = read_tiles(
         lambda: slides.open_slide(slide.path, given), grid, cells, batch=InferSettings().batch_size, threads=threads
     )
     none = model.predict(np.empty((0, side, side, 3), np.uint8))
-    alone = np.concatenate([none, *map(model.predict, batches)])
+    alone = np.concatenate([none, *in_order(model._runtime, batches)])
     arrays = map_arrays(model.fields, str(slide.path), alone, cells, spec)
     return Scored(model.fields, grid, cells, part, arrays["probability"], arrays.get("alone"), tuple(warnings))

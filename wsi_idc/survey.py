@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from wsi_idc.errors import SlideError
 from wsi_idc.grid import Grid
 from wsi_idc.manifest import Row
-from wsi_idc.settings import CutSettings, InferSettings, TileSpec
+from wsi_idc.settings import CutSettings, TileSpec
 from wsi_idc.slides import Slide, open_slide
 from wsi_idc.units import LevelPx
 
@@ -278,11 +278,10 @@ def _score_some(tiles: NDArray[np.uint8], cells: NDArray[np.int32], spec: TileSp
     runtime = load_runtime(bundle, "auto", threads_of(1))
     # A handful would cost as much as a batch.
     enough = np.resize(tiles, (SCORED_TILES, *tiles.shape[1:]))
-    batch = InferSettings().batch_size
-    runtime.predict(enough[:batch])
+    runtime.predict(enough[: runtime.batch])
     load = time.perf_counter() - start
     start = time.perf_counter()
-    scored = np.concatenate([runtime.predict(enough[n : n + batch]) for n in range(0, len(enough), batch)])
+    scored = runtime.predict(enough)
     seconds, whole = (time.perf_counter() - start) / len(enough), 0.0
     if bundle.fields.context:
         for count in (1, len(cells)):  # the first time, more is imported than is computed

@@ -10,7 +10,7 @@ import pytest
 
 from wsi_idc.errors import ModelError
 from wsi_idc.model.bundle import read_bundle
-from wsi_idc.model.runtime import load_runtime, predict_all
+from wsi_idc.model.runtime import load_runtime
 from wsi_idc.settings import TileSpec
 
 
@@ -165,7 +165,7 @@ def test_a_graph_of_several_classes_gives_one_probability_a_class(make, tmp_path
     expected = np.exp(4.0 * tiles[:, 0, 0] / 255 @ np.eye(3, outputs))
     assert found.dtype == np.float32
     assert np.allclose(found, expected / expected.sum(axis=1, keepdims=True))
-    assert predict_all(runtime, tiles[:0]).shape == (0, outputs)
+    assert runtime.predict(tiles[:0]).shape == (0, outputs)
 
 
 def test_probabilities_of_classes_that_do_not_exclude_each_other_are_taken(make, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from wsi_idc.errors import ModelError
 from wsi_idc.model.bundle import read_bundle
-from wsi_idc.model.runtime import TorchRuntime, batch_of, load_runtime, predict_all
+from wsi_idc.model.runtime import TorchRuntime, batch_of, load_runtime
 
 
 def test_a_bundle_without_weights_cannot_run_on_a_gpu(bundle):
@@ -165,8 +165,8 @@ def test_float32_comes_from_the_weights_where_there_is_no_float32_graph(trained)
 def test_any_number_of_tiles_is_scored(trained):
     runtime = load_runtime(read_bundle(trained), "auto", 1)
     tiles = np.random.default_rng(0).integers(0, 256, (300, 50, 50, 3), dtype=np.uint8)
-    assert predict_all(runtime, tiles).shape == (300,)
-    assert predict_all(runtime, tiles[:0]).shape == (0,)
+    assert runtime.predict(tiles).shape == (300,)
+    assert runtime.predict(tiles[:0]).shape == (0,)
 
 
 def test_each_form_says_what_runs_how_and_where(trained):

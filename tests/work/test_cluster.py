@@ -287,7 +287,7 @@ def test_every_worker_that_does_not_fit_is_named_with_what_is_wrong(started, tmp
     (absent / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'wsi_idc'\")\n")
     one = started(1)
     one.add(1, PYTHONPATH=str(absent.parent))
-    one.add(1, PYTHONPATH=f"{shadow(tmp_path / 'other', 'onnxruntime', '1.0.0')}:{one_path()}")
+    one.add(1, PYTHONPATH=f"{shadow(tmp_path / 'other', 'openvino', '1.0.0')}:{one_path()}")
     with cluster.at("", one.file, wait=30, gpus=0, threads=0) as place:
         place.client.wait_for_workers(3, timeout=30)
         with pytest.raises(WorkersError) as caught:
@@ -295,7 +295,7 @@ def test_every_worker_that_does_not_fit_is_named_with_what_is_wrong(started, tmp
     assert len(caught.value.faults) == 2
     text = str(caught.value)
     assert "wsi-idc cannot be imported there (ModuleNotFoundError" in text
-    assert "onnxruntime 1.0.0, here it is" in text
+    assert "openvino 1.0.0, here it is" in text
     assert caught.value.exit_code == 2
 
 

@@ -21,7 +21,7 @@ from wsi_idc.files import whole_folder, write_whole
 from wsi_idc.model.bundle import LoadedBundle
 from wsi_idc.model.importing import check_free
 from wsi_idc.model.known import made_tiles
-from wsi_idc.model.runtime import load_runtime, predict_all
+from wsi_idc.model.runtime import load_runtime
 from wsi_idc.model.wsinfer import CONFIG, REGISTRY, SCRIPT
 
 TOLERANCE = 1e-4
@@ -126,7 +126,7 @@ def _write(bundle: LoadedBundle, folder: Path) -> float:
     }
     write_whole(folder / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     write_whole(folder / "README.md", _readme(bundle).encode())
-    own = predict_all(load_runtime(bundle, "float32", 0), tiles)
+    own = load_runtime(bundle, "float32", 0).predict(tiles)
     difference = float(np.abs(found - own).max())
     if not difference <= TOLERANCE:
         problem = f"the TorchScript and the bundle differ by {difference:.2g}, more than {TOLERANCE:g}"

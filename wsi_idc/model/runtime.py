@@ -92,11 +92,6 @@ def load_runtime(bundle: LoadedBundle, form: Form | Precision, threads: int) -> 
     return GpuRuntime(bundle, half=form.precision == "float16")
 
 
-def predict_all(runtime: Runtime, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """See `Runtime.predict`."""
-    return runtime.predict(tiles)
-
-
 def batch_of(size_px: int) -> int:
     """Tiles of a batch on the CPU: a power of two."""
     return int(2 ** np.clip(int(log2(_PIXELS / size_px**2)), log2(_LEAST_TILES), log2(_MOST_TILES)))
@@ -226,7 +221,7 @@ def _openvino() -> Any:
         import openvino
     finally:
         if blocked:
-            del sys.modules[converter]
+            sys.modules.pop(converter, None)  # another thread may have been as quick
     return openvino
 
 

@@ -20,7 +20,7 @@ from wsi_idc.files import write_whole
 from wsi_idc.model.bundle import Bundle, read_bundle
 from wsi_idc.model.known import answers
 from wsi_idc.model.network import TileNetwork, export_onnx, quantize, save_weights
-from wsi_idc.model.runtime import TorchRuntime, load_runtime, predict_all
+from wsi_idc.model.runtime import TorchRuntime, load_runtime
 from wsi_idc.train.calibrate import calibrate
 from wsi_idc.train.data import LabelledTiles
 from wsi_idc.train.history import draw_history, merge_logs
@@ -162,7 +162,7 @@ def _int8_auc(folder: Path, pixels: NDArray[np.uint8], truth: NDArray[np.bool_],
     from sklearn.metrics import roc_auc_score
 
     runtime = load_runtime(read_bundle(folder), "int8", threads)
-    return float(roc_auc_score(truth, predict_all(runtime, pixels)))
+    return float(roc_auc_score(truth, runtime.predict(pixels)))
 
 
 def _calibration(pixels: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:

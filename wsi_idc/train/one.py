@@ -16,7 +16,7 @@ from wsi_idc.digests import digest
 from wsi_idc.errors import UsageError
 from wsi_idc.model.bundle import LoadedBundle
 from wsi_idc.model.network import TileNetwork, build_network, load_weights
-from wsi_idc.model.runtime import load_runtime, predict_all
+from wsi_idc.model.runtime import load_runtime
 from wsi_idc.names import check_slide_id
 from wsi_idc.train.data import LabelledTiles, Say, read_pixels
 from wsi_idc.train.finish import finish
@@ -119,7 +119,7 @@ def _taught(
     """Labels blended with a teacher's probabilities (Hinton et al., 2015, arXiv:1503.02531): float32 (n,)."""
     runtime = load_runtime(teacher, "float32", threads)
     say(f"asking the teacher {teacher.fields.name} about {len(pixels):,} training tiles")
-    blended: NDArray[np.float32] = (1.0 - TEACHER_SHARE) * labels + TEACHER_SHARE * predict_all(runtime, pixels)
+    blended: NDArray[np.float32] = (1.0 - TEACHER_SHARE) * labels + TEACHER_SHARE * runtime.predict(pixels)
     return blended.astype(np.float32)
 
 
