@@ -216,11 +216,12 @@ def _look(rgb: NDArray[np.uint8], glass: NDArray[np.float64], mpp: float) -> _Lo
     shape = rgb.shape[:2]
     tables = _density_tables(glass)
     sigma = max(0.7, 6.0 / mpp)
-    halo = math.ceil(4 * sigma) + 1
+    halo = math.ceil(4 * sigma)
     # In one piece each: the system gives large pieces faster, and what is never written costs nothing.
     green, stain, pink = np.empty((3, *shape), dtype=np.float32)
     strong, pale, own, brown, red, sure_red, other, textured = np.zeros((8, *shape), dtype=np.bool_)
-    for rows in _bands(shape, least=4 * halo):
+    eosin = 0
+    for rows in _bands(shape, least=12 * halo):
         around, inner = _with_halo(rows, halo, shape[0])
         sharp = [_densities(values, table) for values, table in zip(cv2.split(rgb[around]), tables, strict=True)]
         r, g, b = (_blurred(density, sigma)[inner] for density in sharp)
@@ -228,24 +229,22 @@ def _look(rgb: NDArray[np.uint8], glass: NDArray[np.float64], mpp: float) -> _Lo
         stained = np.subtract(g, np.minimum(r, b), out=stain[rows])
         pinkish = np.subtract((g + np.minimum(b, g)) * 0.5, r, out=pink[rows])
         no_more_blue = 1.1 * g
-        strong[rows] = (stained > 0.02) & (stained > 0.15 * g) & (b < no_more_blue)
+        sure = strong[rows] = (stained > 0.02) & (stained > 0.15 * g) & (b < no_more_blue)
+        eosin += int(np.count_nonzero(sure & (g - r > 0.05)))
         pale[rows] = (pinkish > 0.002) & (pinkish > 0.2 * g) & (b < no_more_blue + 0.002)
         own[rows] = sharp[1][inner] > np.maximum(0.004, 0.5 * g)  # blurring must not spread tissue onto glass
-        if (here := b - r > 0.08).any():
-            brown[rows] = here & (b > no_more_blue)
-        red_here, other_here = _pen(r, g, b)
-        if red_here.any():
-            red[rows] = red_here
-            sure_red[rows] = red_here & (g > 0.4) & (r < 0.13 * g) & (b > 0.68 * g)
-        if other_here.any():
-            other[rows] = other_here
-    look = _Look(rgb, tables, sigma, green, stain, pink, strong, pale, own, red, sure_red, other, textured)
+        if (browner := b - r > 0.08).any():
+            brown[rows] = browner & (b > no_more_blue)
+        reds, others = _pen(r, g, b)
+        if reds.any():
+            red[rows] = reds
+            sure_red[rows] = reds & (g > 0.4) & (r < 0.13 * g) & (b > 0.68 * g)
+        if others.any():
+            other[rows] = others
     browns = np.count_nonzero(brown)
-    if browns and np.count_nonzero(strong) > 0.5 * browns:
-        eosin = strong & (green - look.blurred(0) > 0.05)
-        if browns > 0.5 * np.count_nonzero(eosin):
-            strong |= brown  # immunostained: brown is DAB; on an H&E slide it is the ink of a margin
-    return look
+    if browns > 0.5 * eosin and np.count_nonzero(strong) > 0.5 * browns:
+        strong |= brown  # immunostained: brown is DAB; on an H&E slide it is the ink of a margin
+    return _Look(rgb, tables, sigma, green, stain, pink, strong, pale, own, red, sure_red, other, textured)
 
 
 class _Pieces:
@@ -262,7 +261,7 @@ class _Pieces:
     def __init__(self, mask: NDArray[np.bool_], connectivity: Literal[4, 8] = 8) -> None:
         import cv2
 
-        self.labels = np.empty(mask.shape, dtype=np.int32)
+        self.labels: NDArray[np.int32] = np.empty(mask.shape, dtype=np.int32)
         self._count, _ = cv2.connectedComponents(mask.view(np.uint8), self.labels, connectivity)
         first = np.ones(mask.shape, dtype=np.bool_)
         np.not_equal(mask[:, 1:], mask[:, :-1], out=first[:, 1:])
@@ -279,6 +278,14 @@ class _Pieces:
         else:
             runs = np.add.reduceat(flat, self._starts)  # pairwise, and a run is no longer than a row
         return np.asarray(np.bincount(self._numbers, weights=runs, minlength=self._count), dtype=np.float64)
+
+    def box(self, number: int, margin: int) -> tuple[slice, slice]:
+        """The rows and columns of a piece, and so many pixels around it."""
+        runs = np.flatnonzero(self._numbers == number)
+        width = self.labels.shape[1]
+        y, x = self._starts[runs] // width, self._starts[runs] % width
+        right = (x + self._lengths[runs]).max()
+        return slice(max(0, y[0] - margin), y[-1] + 1 + margin), slice(max(0, x.min() - margin), right + margin)
 
     def where(self, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """bool (h, w): the pieces that are chosen, bool (n,); never what lies outside the mask."""
@@ -343,16 +350,12 @@ def _remove_doubtful(mask: NDArray[np.bool_], look: _Look, mpp: float, *, red_pe
         (area >= 8_000.0) & (pieces.total(look.strong) >= 0.02 * pieces.pixels) & (pieces.total(look.stain) > 0.2 * g)
     )
     keep[0] = False
-    if not (keep & (area <= 300_000.0)).any():
-        return pieces.where(keep)
     # The coloured fringes of a coverslip's edge or a smear are hardly darker than the grey around them.
-    grown = np.empty(mask.shape, dtype=np.float32)
-    cv2.dilate(pieces.labels.astype(np.float32), np.ones((5, 5), dtype=np.uint8), grown)
-    ring = np.flatnonzero((grown > 0) & ~mask)
-    numbers = grown.ravel()[ring].astype(np.int32)
-    count = np.bincount(numbers, minlength=len(area))
-    around = np.bincount(numbers, weights=look.g.ravel()[ring], minlength=len(area)) / np.maximum(count, 1)
-    keep &= (area > 300_000.0) | (g > 1.4 * around * pieces.pixels)
+    for number in np.flatnonzero(keep & (area <= 300_000.0)).tolist():
+        box = pieces.box(number, margin=4)
+        grown = cv2.dilate(pieces.labels[box].astype(np.float32), np.ones((5, 5), dtype=np.uint8))
+        around = look.g[box][(grown == number) & ~mask[box]]
+        keep[number] = g[number] > 1.4 * around.mean(dtype=np.float64) * pieces.pixels[number] if around.size else True
     if red_pen:  # the pale ends of its strokes
         keep &= (
             (area > 300_000.0) | (pieces.total(look.blurred(2)) < 0.61 * g) | (pieces.total(look.blurred(0)) > 0.32 * g)
@@ -463,7 +466,7 @@ def _glass(rgb: NDArray[np.uint8]) -> NDArray[np.float64] | None:
         return None if dark else np.full(3, _GLASS_WHITE)
     counts = np.convolve(counts, np.ones(3), mode="same")
     peak = int(np.flatnonzero(counts >= 0.5 * counts.max())[-1])
-    common = cv2.inRange(smooth, peak - 2, peak + 2)
+    common = cv2.inRange(smooth, peak - 2, peak + 2, smooth)
     glass = np.array([_middle(_histogram(rgb, channel, common)).mean() for channel in range(3)])
     pale_tissue = glass[1] < min(glass[0], glass[2]) - 6 and part < 0.5
     return np.full(3, _GLASS_WHITE) if pale_tissue else glass
