@@ -239,7 +239,8 @@ def _gpu(measured: Measured) -> list[str]:
 
 def _threads(measured: Measured) -> list[str]:
     """Whether threads have a core each."""
-    one, all_of = (measured.median("score", form=measured.form, threads=count) for count in (1, measured.cores))
+    # Not by scoring alone: these were measured in turns, so that what else the machine did fell on both.
+    one, all_of = (measured.median("together", threads=count, workers=0) for count in (1, measured.cores))
     if measured.gpus or measured.cores == 1 or not one or not all_of or all_of >= _ALONE * measured.cores * one:
         return []
     return [

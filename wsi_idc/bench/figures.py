@@ -131,7 +131,9 @@ def times(work: Callable[[], object], seconds: float, clock: Clock) -> tuple[flo
     return tuple(found)
 
 
-def rates(flow: Iterator[int], seconds: float, clock: Clock, *, at_once: int = 1) -> tuple[float, ...]:
+def rates(
+    flow: Iterator[int], seconds: float, clock: Clock, *, at_once: int = 1, rounds: int = ROUNDS
+) -> tuple[float, ...]:
     """Tiles a second of a flow, in each part of the time.
 
     Args:
@@ -140,13 +142,14 @@ def rates(flow: Iterator[int], seconds: float, clock: Clock, *, at_once: int = 1
         clock: what times are taken from.
         at_once: batches that come together, since so many threads work at one each: parts are whole multiples of it,
             and the first so many are not counted, as nothing was under way before them.
+        rounds: parts of the time.
     """
     for _ in range(at_once):
         next(flow)
     begun, found = clock(), list[float]()
     while not found or clock() - begun < seconds:
         start, tiles = clock(), 0
-        while not tiles or clock() - start < seconds / ROUNDS:
+        while not tiles or clock() - start < seconds / rounds:
             tiles += sum(next(flow) for _ in range(at_once))
         found.append(tiles / (clock() - start))
     return tuple(found)

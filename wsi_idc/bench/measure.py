@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_idc.bench.figures import Clock, Figure, rates, times
+from wsi_idc.bench.figures import ROUNDS, Clock, Figure, rates, times
 from wsi_idc.bench.subject import Model, Sampled, Scratch, grid_of
 from wsi_idc.cores import cores
 from wsi_idc.extract import OVERLAP
@@ -90,13 +90,18 @@ def decoding(reading: Reading, threads: int, seconds: float, clock: Clock) -> Fi
 
 
 def scoring(
-    runtime: Any, make: Callable[[], Iterator[NDArray[np.uint8]]], threads: int, seconds: float, clock: Clock
+    runtime: Any,
+    make: Callable[[], Iterator[NDArray[np.uint8]]],
+    threads: int,
+    seconds: float,
+    clock: Clock,
+    rounds: int = ROUNDS,
 ) -> tuple[float, ...]:
     """Tiles a second that a model scores of batches, which may have to be read first."""
     stopped = Event()
     flow = in_order(runtime, over_and_over(make, stopped))
     try:
-        return rates(map(len, flow), seconds, clock, at_once=threads)
+        return rates(map(len, flow), seconds, clock, at_once=threads, rounds=rounds)
     finally:
         stopped.set()
         deque(flow, maxlen=0)  # What is under way would slow down what is measured next.
@@ -136,8 +141,12 @@ def together(reading: Reading, folder: Path, form: Form, threads: int, seconds: 
         tiles a second; and the most bytes that this process ever held.
     """
     runtime = loaded(folder, form, threads)
-    found = scoring(runtime, lambda: measured(reading.batches(threads), [], []), threads, seconds, time.perf_counter)
-    return found, _most_memory()
+
+    def make() -> Iterator[NDArray[np.uint8]]:
+        return measured(reading.batches(threads), [], [])
+
+    # In one piece: where a slide is opened anew, what was under way goes on, and comes at once afterwards.
+    return scoring(runtime, make, threads, seconds, time.perf_counter, rounds=1), _most_memory()
 
 
 def _most_memory() -> int:
