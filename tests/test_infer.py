@@ -384,3 +384,12 @@ def test_a_slide_without_tiles_gets_an_empty_map_of_every_class(extracted, make,
     found = store.map("mean", "a")
     assert (found.read("probability").shape, found.read("0").shape) == ((0, 3), (3, 8, 10))
     assert found.record.complete["positive"] is None
+
+
+def test_no_batch_of_a_model_is_left_half_empty():
+    from types import SimpleNamespace
+
+    from wsi_idc.work.score import whole_batches
+
+    assert [whole_batches(SimpleNamespace(batch=8), asked) for asked in (1, 8, 9, 64)] == [8, 8, 16, 64]
+    assert whole_batches(SimpleNamespace(batch=1024), 64) == 1024

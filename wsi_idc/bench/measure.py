@@ -32,7 +32,7 @@ from wsi_idc.tissue import MASK_MPP, tile_quality
 from wsi_idc.work import places
 from wsi_idc.work.cut import CutJob, find_tissue, made_from
 from wsi_idc.work.jobs import Work
-from wsi_idc.work.score import in_order, loaded, measured
+from wsi_idc.work.score import in_order, loaded, measured, whole_batches
 
 _CELLS = 2**14
 """Tiles of a slide that are read again and again: those in the middle."""
@@ -141,6 +141,7 @@ def together(reading: Reading, folder: Path, form: Form, threads: int, seconds: 
         tiles a second; and the most bytes that this process ever held.
     """
     runtime = loaded(folder, form, threads)
+    reading = replace(reading, batch=whole_batches(runtime, reading.batch))
 
     def make() -> Iterator[NDArray[np.uint8]]:
         return measured(reading.batches(threads), [], [])
@@ -281,10 +282,6 @@ class Bench:
         assert self._model.bundle is not None
         name = form_name(form)
 
-        def batches() -> Iterator[NDArray[np.uint8]]:
-            for start in range(0, len(self._tiles), self._batch):
-                yield self._tiles[start : start + self._batch]
-
         for threads in self._threads() if form.device == "cpu" else [cores()]:
             start = self._clock()
             runtime = load_runtime(self._model.bundle, form, threads)
@@ -293,7 +290,9 @@ class Bench:
                 yield Figure("load", "s", (self._clock() - start,), form=name)
             if not self._probability.size:
                 self._probability = scored
-            found = scoring(runtime, batches, threads, self._seconds, self._clock)
+            batch = whole_batches(runtime, self._batch)
+            batches = [self._tiles[start : start + batch] for start in range(0, len(self._tiles), batch)]
+            found = scoring(runtime, partial(iter, batches), threads, self._seconds, self._clock)
             yield Figure("score", "tiles/s", found, form=name, threads=threads)
 
     def _map(self, store: Store) -> Iterator[Figure]:

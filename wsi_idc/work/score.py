@@ -148,7 +148,8 @@ class ScoreJob:
         blur: list[NDArray[np.float32]] = []
         pen: list[NDArray[np.float32]] = []
         with self._watched() as slide, self._opener(slide) as opener:
-            batches = _batches(slide, opener, block, self.batch_size, work.capacity.threads)
+            batch = whole_batches(runtime, self.batch_size)
+            batches = _batches(slide, opener, block, batch, work.capacity.threads)
             if opener is not None:
                 batches = measured(batches, blur, pen)
             scored = []
@@ -297,6 +298,12 @@ def _batches(
     from wsi_idc.reader import read_tiles
 
     yield from read_tiles(opener, slide.grid, slide.cell[block.start : block.stop], batch=batch, threads=threads)
+
+
+def whole_batches(runtime: "Runtime", asked: int) -> int:
+    """Tiles to hand to a model at once: as many as asked for, or the next more that leave none of its batches half empty,
+    as each costs it the whole."""
+    return -(-asked // runtime.batch) * runtime.batch
 
 
 def in_order(runtime: "Runtime", batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
