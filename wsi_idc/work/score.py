@@ -301,8 +301,8 @@ def _batches(
 
 
 def whole_batches(runtime: "Runtime", asked: int) -> int:
-    """Tiles to hand to a model at once: as many as asked for, or the next more that leave none of its batches half empty,
-    as each costs it the whole."""
+    """Tiles to hand to a model at once: as many as asked for, or the next more that leave none of its batches half
+    empty, as each costs it the whole."""
     return -(-asked // runtime.batch) * runtime.batch
 
 
