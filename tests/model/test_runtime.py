@@ -201,3 +201,23 @@ def test_weights_that_are_damaged_are_named(trained):
     (trained / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelError):
         TorchRuntime(read_bundle(trained))
+
+
+def test_threads_that_are_the_first_to_score_do_not_wait_for_each_other_for_ever(tmp_path, make):
+    """They did in one of three processes where threads take turns often, and now and then anywhere."""
+    make.write_bundle(tmp_path / "bundle")
+    script = (
+        "import sys; sys.setswitchinterval(1e-6)\n"
+        "import numpy as np\n"
+        "from wsi_idc.model.bundle import read_bundle\n"
+        "from wsi_idc.model.runtime import load_runtime\n"
+        "from pathlib import Path\n"
+        "runtime = load_runtime(read_bundle(Path(sys.argv[1])), 'auto', 4)\n"
+        "begun = [runtime.begin(np.zeros((64, 50, 50, 3), np.uint8)) for _ in range(8)]\n"
+        "print(sum(len(one.result()) for one in begun))\n"
+    )
+    for _ in range(4):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "bundle")], capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout == "512\n", done.stderr

@@ -12,6 +12,7 @@ from functools import partial
 from math import log2
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -194,6 +195,8 @@ class OpenVinoRuntime(_SideBySide):
         self._idle: SimpleQueue[Any] = SimpleQueue()
         for _ in range(threads):
             self._idle.put(compiled.create_infer_request())
+        with _FIRST:
+            self._score(np.zeros((self.batch, size, size, 3), np.uint8))
 
     def _score(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         request = self._idle.get()
@@ -214,15 +217,21 @@ class OpenVinoRuntime(_SideBySide):
 def _openvino() -> Any:
     """OpenVINO without its model converter, whose import reports to a server on the internet that it was imported."""
     converter = "openvino.tools.ovc"
-    blocked = converter not in sys.modules
-    if blocked:
-        sys.modules[converter] = None  # type: ignore[assignment]
-    try:
-        import openvino
-    finally:
+    with _FIRST:
+        blocked = converter not in sys.modules
         if blocked:
-            sys.modules.pop(converter, None)  # another thread may have been as quick
+            sys.modules[converter] = None  # type: ignore[assignment]
+        try:
+            import openvino
+        finally:
+            if blocked:
+                del sys.modules[converter]
     return openvino
+
+
+_FIRST = Lock()
+"""Held by who does something of OpenVINO's for the first time. Two threads that give it their first array at once wait
+for each other for ever: one holds a lock of its binding's and waits for Python's, the other the reverse (2026.4)."""
 
 
 def _unusable(bundle: LoadedBundle, path: Path, error: Exception, how: str = "loaded") -> ModelError:
