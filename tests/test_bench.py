@@ -296,6 +296,7 @@ def files(folder):
     return sorted(path for path in folder.rglob("*") if path.name != ".ses")  # ONNX Runtime's
 
 
+@pytest.mark.slow
 def test_a_manifest_is_measured_on_one_of_its_slides_and_nothing_stays(wsi_idc, slides, bundle):
     folder = slides.parent
     (folder / "tmp").mkdir()

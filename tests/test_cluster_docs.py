@@ -62,6 +62,7 @@ def lint(script):
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.slow
 def test_the_slurm_script_is_clean_and_does_the_work(here):
     folder, environment = here
     script = folder / "slurm.sh"

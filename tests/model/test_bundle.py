@@ -230,7 +230,7 @@ def some_of(folder, *nodes):
 
 
 def test_a_graph_that_gives_another_shape_than_it_says_is_refused(make, tmp_path):
-    """Where it can be known, before anything runs; where it depends on the tiles, then."""
+    """Where it can be known, before anything runs; where it depends on the tiles, by black ones, before a slide is."""
     node, three = onnx.helper.make_node, {"outputs": 3, "classes": ["a", "b", "c"]}
     always = make.write_bundle(tmp_path / "always", **three)
     with pytest.raises(ModelError, match=r"graph\.output: 'some' is float32 \(n, 2\), float32 \(n, 3\) is needed"):
@@ -241,9 +241,8 @@ def test_a_graph_that_gives_another_shape_than_it_says_is_refused(make, tmp_path
         node("Greater", ["most of each", "least"], ["which"]),
         node("Compress", ["probability", "which"], ["some"], axis=1),
     )
-    runtime = load_runtime(at_times, "auto", 1)
-    with pytest.raises(ModelError, match=r"graph\.output: 'some' gave \(\d+, 2\), .* need \(\d+, 3\)"):
-        runtime.predict(colours((255, 255, 0)))
+    with pytest.raises(ModelError, match=r"graph\.output: 'some' gave \(\d+, 0\), .* need \(\d+, 3\)"):
+        load_runtime(at_times, "auto", 1)
 
 
 def test_patients_are_text_whatever_they_were_written_as(bundle):

@@ -43,6 +43,7 @@ def test_train_infer_and_evaluate_fit_together(wsi_idc, here, make_store, tmp_pa
         here("evaluate", *place, "--model", "m", "--split", "train")
 
 
+@pytest.mark.slow
 def test_a_recipe_is_cross_validated_judged_and_calibrates_the_model_that_comes_after_it(here, make_store, tmp_path):
     store = make_store({"p0": "", "p1": "", "p2": "train", "p3": "train", "p4": "val", "p5": "val"}, size=32)
     place = ["--store", store.address]

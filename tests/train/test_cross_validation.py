@@ -90,6 +90,7 @@ def test_cross_validation_predicts_every_patient_once_and_goes_on_where_it_was(
         run(store.address, copy, settings.model_copy(update={"seed": 4}), say=quiet)
 
 
+@pytest.mark.slow
 def test_each_fold_goes_on_from_the_one_that_never_saw_its_patients(make_store, patients, cross_validated, tmp_path):
     store, (cv, _) = make_store(patients), cross_validated
     run(

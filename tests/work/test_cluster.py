@@ -172,6 +172,7 @@ def test_of_a_slide_that_kills_its_workers_the_others_do_not_suffer(started, rec
     assert len(outcomes) == 8
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_is_lost_ends_the_run_and_the_same_command_goes_on(started, wsi_idc, make, tmp_path):
     manifest, address = cohort(tmp_path, make, 12), tmp_path / "tiles.zarr"
     one = started(1)
@@ -192,6 +193,7 @@ def test_a_scheduler_that_is_lost_ends_the_run_and_the_same_command_goes_on(star
     assert 12 - finished - 1 <= int(again.stdout.splitlines()[-1].split()[0]) <= 12 - finished
 
 
+@pytest.mark.slow
 def test_a_run_whose_workers_are_all_gone_does_not_wait_for_ever(started, recorder):
     one = started(1, "--no-nanny")
     jobs = [Sum("poison", misbehave="die"), Sum("a")]
@@ -201,6 +203,7 @@ def test_a_run_whose_workers_are_all_gone_does_not_wait_for_ever(started, record
             run_jobs(place, Supply(jobs), recorder)
 
 
+@pytest.mark.slow
 def test_who_comes_later_is_given_work_if_it_fits(started, recorder, tmp_path):
     one = started(1)
     jobs = [Slow(f"j{number}") for number in range(16)]
@@ -226,6 +229,7 @@ def one_path():
     return str(REPOSITORY)
 
 
+@pytest.mark.slow
 def test_nobody_answers_or_nobody_works_is_one_line(started, wsi_idc, make, tmp_path):
     manifest = cohort(tmp_path, make, 1)
     one = started(0)
@@ -270,6 +274,7 @@ class Hanging(Sum):
         return []
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_answer_holds_up_nobody_else(started, recorder, tmp_path):
     one = started(1)
     jobs = [Hanging(f"j{number}", notes=str(tmp_path)) for number in range(6)]
@@ -305,6 +310,7 @@ def test_a_worker_without_a_gpu_is_named(started):
         pass
 
 
+@pytest.mark.slow
 def test_a_worker_that_sees_no_store_slide_or_model_is_named(started, wsi_idc, make, tmp_path):
     """Its own working folder, seen by all under one path, stands for a disk that only the client has."""
     one = started(1)
