@@ -1,7 +1,7 @@
 """Stage 2: from tiles to one probability map a slide."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -197,7 +197,7 @@ def infer(
     form = bundle.form(settings.precision, cuda=settings.gpus > 0)
     with hold_store(store) as held:
         planned = plan_maps(held, bundle, form, only=only, listed=listed, force=force)
-        with scoring(held, bundle, form, settings, planned) as work:
+        with closing(Scoring(held, bundle, form, settings, planned)) as work:
             jobs = work.jobs()
             todo = [*planned.refused, *(job.job_id for job in jobs)]
             told = Telling(held, "infer", todo, listener(todo))
@@ -230,7 +230,11 @@ def load_here(bundle: LoadedBundle, form: Form, settings: InferSettings) -> None
 
 
 class Scoring:
-    """Makes the jobs of `infer`; see `scoring`."""
+    """Makes the jobs of a plan in a store that is held; `close` deletes what they copied.
+
+    Raises:
+        UsageError: the stage is no folder that can be written to.
+    """
 
     def __init__(
         self, held: Store, bundle: LoadedBundle, form: Form, settings: InferSettings, planned: PlannedMaps
@@ -272,22 +276,6 @@ class Scoring:
         """Delete what was copied."""
         for read in self.planned.read.values():
             drop(self.stage, read)
-
-
-@contextmanager
-def scoring(
-    held: Store, bundle: LoadedBundle, form: Form, settings: InferSettings, planned: PlannedMaps
-) -> Iterator[Scoring]:
-    """The jobs of a plan in a store that is held; what they copied is deleted at the end.
-
-    Raises:
-        UsageError: the stage is no folder that can be written to.
-    """
-    work = Scoring(held, bundle, form, settings, planned)
-    try:
-        yield work
-    finally:
-        work.close()
 
 
 def left_out(planned: PlannedMaps) -> list[str]:

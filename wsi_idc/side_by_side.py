@@ -7,7 +7,7 @@ on to be scored as soon as it is cut, and that both stages share a place where t
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def extract_and_infer(
     ):
         score_stage.check_name(held, bundle, force=False)
         planner = score_stage.Planner(held, bundle, form, force=False)
-        with score_stage.scoring(held, bundle, form, score, planner.planned) as scoring:
+        with closing(score_stage.Scoring(held, bundle, form, score, planner.planned)) as scoring:
             planner.decide_all([name for name, plan in cutting.plans.items() if plan.action == "skip"])
             jobs = scoring.jobs()
             pair = _Pair(held, cutting, planner, scoring, jobs, lambda: score_stage.load_here(bundle, form, score))

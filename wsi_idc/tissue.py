@@ -7,7 +7,7 @@ each pen colour breaks that order in its own way. No weights are learned.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -694,6 +694,17 @@ def _white_limits() -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.
     cold = 255 - _cold(first, second).sum(axis=1)
     red = 255 - _reddish(second, first).sum(axis=1)
     return table, cold.astype(np.uint8), red.astype(np.uint8), float((table > _BLACK).sum())
+
+
+def measured(
+    batches: Iterable[NDArray[np.uint8]], blur: list[NDArray[np.float32]], pen: list[NDArray[np.float32]]
+) -> Iterator[NDArray[np.uint8]]:
+    """The same batches of tiles, uint8 (n, s, s, 3); what `tile_quality` says of each is added to the lists."""
+    for tiles in batches:
+        sharpness, ink = tile_quality(tiles)
+        blur.append(sharpness)
+        pen.append(ink)
+        yield tiles
 
 
 def stain(thumbnail: NDArray[np.uint8], mask: NDArray[np.bool_]) -> list[float] | None:

@@ -28,11 +28,11 @@ from wsi_idc.settings import CutSettings
 from wsi_idc.store import Store, hold_store
 from wsi_idc.store.slide import create_tiles, tiles_per_shard, write_shards
 from wsi_idc.survey import middle, open_row
-from wsi_idc.tissue import MASK_MPP, tile_quality
+from wsi_idc.tissue import MASK_MPP, measured, tile_quality
 from wsi_idc.work import places
 from wsi_idc.work.cut import CutJob, find_tissue, made_from
 from wsi_idc.work.jobs import Work
-from wsi_idc.work.score import in_order, loaded, measured, whole_batches
+from wsi_idc.work.score import in_order, loaded, whole_batches
 
 _CELLS = 2**14
 """Tiles of a slide that are read again and again: those in the middle."""

@@ -1,6 +1,6 @@
 """The job of `extract`: a slide into tiles in the store."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -252,7 +252,7 @@ class CutJob:
     def run(self, block: Block, info: dict[str, Any], work: Work) -> dict[str, Any]:
         """Write the pixels of a block's tiles, shard by shard."""
         from wsi_idc.reader import read_tiles
-        from wsi_idc.tissue import tile_quality
+        from wsi_idc.tissue import measured
 
         node, about = self._node, info["about"]
         cells = node.read("cell", info["checksums"]["cell"])[block.start : block.stop]
@@ -261,16 +261,12 @@ class CutJob:
         blur: list[NDArray[np.float32]] = []
         pen: list[NDArray[np.float32]] = []
 
-        def shards(path: Path) -> Iterator[NDArray[np.uint8]]:
-            for tiles in read_tiles(lambda: self._open(path), grid, cells, batch=shard, threads=work.capacity.threads):
-                sharpness, ink = tile_quality(tiles)
-                blur.append(sharpness)
-                pen.append(ink)
-                yield tiles
-
         checksums = []
         with at_hand(self.stage, self._wanted(info["made_from"])) as files:
-            for count, checksum in write_shards(node, info["attempt"], block.start, shards(files[self.row.path])):
+            path = files[self.row.path]
+            tiles = read_tiles(lambda: self._open(path), grid, cells, batch=shard, threads=work.capacity.threads)
+            shards = measured(tiles, blur, pen)
+            for count, checksum in write_shards(node, info["attempt"], block.start, shards):
                 checksums.append(checksum)
                 work.report(count)
         return {"checksums": checksums, "blur": np.concatenate(blur), "pen": np.concatenate(pen)}

@@ -151,6 +151,8 @@ class ScoreJob:
             batch = whole_batches(runtime, self.batch_size)
             batches = _batches(slide, opener, block, batch, work.capacity.threads)
             if opener is not None:
+                from wsi_idc.tissue import measured
+
                 batches = measured(batches, blur, pen)
             scored = []
             for probability in in_order(runtime, batches):
@@ -320,19 +322,6 @@ def in_order(runtime: "Runtime", batches: Iterable[NDArray[np.uint8]]) -> Iterat
             yield begun.popleft().result()
     while begun:
         yield begun.popleft().result()
-
-
-def measured(
-    batches: Iterator[NDArray[np.uint8]], blur: list[NDArray[np.float32]], pen: list[NDArray[np.float32]]
-) -> Iterator[NDArray[np.uint8]]:
-    """The same batches; focus and pen figures of each are added to the lists."""
-    from wsi_idc.tissue import tile_quality
-
-    for tiles in batches:
-        sharpness, ink = tile_quality(tiles)
-        blur.append(sharpness)
-        pen.append(ink)
-        yield tiles
 
 
 def _rebatched(parts: Iterator[NDArray[np.uint8]], batch: int) -> Iterator[NDArray[np.uint8]]:
