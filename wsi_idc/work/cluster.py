@@ -167,6 +167,8 @@ class ClusterPlace(DaskPlace):
         self._unfit: dict[str, list[str]] = {}
         self._asked: set[str] = set()
         self._watched = self._peopled = time.monotonic()
+        # Two stages of a run share a place: one of them looks after it, and the other goes on.
+        self._watching = threading.Lock()
 
     @property
     def notes(self) -> list[str]:
@@ -209,10 +211,11 @@ class ClusterPlace(DaskPlace):
         Raises:
             ClusterError: the scheduler is lost, or there was no worker for too long.
         """
-        now = time.monotonic()
-        if now < self._watched + _EVERY:
-            return
-        self._watched = now
+        with self._watching:
+            now = time.monotonic()
+            if now < self._watched + _EVERY:
+                return
+            self._watched = now
         try:
             fit = self._fit(self._slots())
         except Exception as error:
