@@ -306,7 +306,7 @@ class Bench:
         alone = np.resize(self._probability, (number, *self._probability.shape[1:]))
         found = {"alone": alone, "blur": np.resize(blur, number), "pen": np.resize(pen, number)}
         settings = InferSettings(batch_size=self._batch)
-        with infer.scoring(store, bundle, form, settings, infer.PlannedMaps()) as work:
+        with closing(infer.Scoring(store, bundle, form, settings, infer.PlannedMaps())) as work:
             job = work.job(self._one.row.slide_id)
             yield self._times("map", lambda: job.finish(job.prepare(Work()), [found], Work()))
 
