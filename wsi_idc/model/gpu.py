@@ -13,6 +13,7 @@ from torch.fx.experimental.optimization import fuse
 
 from wsi_idc.model.bundle import LoadedBundle
 from wsi_idc.model.network import load_network
+from wsi_idc.model.runtime import batch_of
 
 _MOST_TILES, _LEAST_TILES, _PIXELS = 1024, 16, 2**22
 """Of a batch: so many that computing it takes longer than telling the GPU what to compute, about a millisecond."""
@@ -79,7 +80,7 @@ class GpuRuntime:
             network.body = _Half(network.body)
         self._network = network.to(device)
         size = bundle.fields.tile.size_px
-        self.batch = int(np.clip(2 ** int(np.log2(_PIXELS / size**2)), _LEAST_TILES, _MOST_TILES))
+        self.batch = batch_of(size, _PIXELS, _LEAST_TILES, _MOST_TILES)
         self._copying, self._computing = self._device.Stream(), self._device.Stream()
         shape = (self.batch, size, size, 3)
         self._slots = cycle(

@@ -93,9 +93,15 @@ def load_runtime(bundle: LoadedBundle, form: Form | Precision, threads: int) -> 
     return GpuRuntime(bundle, half=form.precision == "float16")
 
 
-def batch_of(size_px: int) -> int:
-    """Tiles of a batch on the CPU: a power of two."""
-    return int(2 ** np.clip(int(log2(_PIXELS / size_px**2)), log2(_LEAST_TILES), log2(_MOST_TILES)))
+def batch_of(size_px: int, pixels: int = _PIXELS, least: int = _LEAST_TILES, most: int = _MOST_TILES) -> int:
+    """Tiles of a batch, by default on the CPU: a power of two, as `least` and `most` must be.
+
+    Args:
+        size_px: side of the tiles.
+        pixels: that a batch has, or fewer.
+        least, most: tiles that it has all the same.
+    """
+    return int(2 ** np.clip(int(log2(pixels / size_px**2)), log2(least), log2(most)))
 
 
 class _SideBySide(ABC):
